@@ -1,0 +1,175 @@
+"""What calibration images show of the dense network: second moments and means of every layer, and its outputs.
+
+Everything is gathered in one pass by forward hooks; sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ranksearch.conv import Conv
+from ranksearch.decompositions import Statistics
+from ranksearch.errors import DataError
+from ranksearch.surgery import evaluating
+
+
+@torch.no_grad()
+def collect(model: nn.Module, convs: Mapping[str, Conv], batches: Iterable[Tensor]) -> dict[str, Statistics]:
+    """Statistics of the named layers over ``batches`` of images ``(N, C, H, W)``.
+
+    Raises:
+        DataError: no images, or activations that are not finite.
+    """
+    sums = {name: _Sums(conv) for name, conv in convs.items()}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, inputs, output, s=s: s.add(inputs[0], output))
+        for name, s in sums.items()
+    ]
+    try:
+        with evaluating(model):
+            for images in batches:
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: s.statistics(name) for name, s in sums.items()}
+
+
+class _Sums:
+    """Running sums of one layer."""
+
+    def __init__(self, conv: Conv) -> None:
+        self.conv = conv
+        self.images = 0
+        self.origin: Tensor | None = None
+        self.inputs: Tensor | float = 0.0
+        self.patch: Tensor | float = 0.0
+        self.mean: Tensor | float = 0.0
+        self.products: Tensor | float = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Inputs and outputs of one batch; per-image means keep the sums of moderate size.
+
+        Outputs are summed about one of them: about zero, a large mean would take the covariance's digits.
+        """
+        n = x.shape[0]
+        x, y = as_image(x, self.conv), as_image(y, self.conv)
+        rows, outputs = x.movedim(1, -1).flatten(0, -2), y.movedim(1, -1).flatten(0, -2)
+        if self.origin is None:
+            self.origin = outputs[0].clone()
+        outputs = outputs - self.origin
+        self.images += n
+        # No format of 1x1 kernels reads the input moment, and that of a wide linear layer takes gigabytes.
+        seen = rows[:, :0] if self.conv.pointwise else rows
+        self.inputs = self.inputs + (seen.T @ seen).double() / (rows.shape[0] / n)
+        self.products = self.products + (outputs.T @ outputs).double() / (outputs.shape[0] / n)
+        self.mean = self.mean + outputs.mean(0, dtype=torch.float64) * n
+        self.patch = self.patch + patch_means(x, self.conv).double() * n
+
+    def statistics(self, name: str) -> Statistics:
+        """The means."""
+        if self.origin is None:
+            raise DataError("calibration needs at least one image, found none. Check data.train.")
+        n = self.images
+        mean = torch.as_tensor(self.mean) / n  # of the outputs less their origin
+        found = Statistics(
+            input_moment=torch.as_tensor(self.inputs) / n,
+            patch_mean=torch.as_tensor(self.patch) / n,
+            output_mean=self.origin.double() + mean,
+            output_covariance=torch.as_tensor(self.products) / n - torch.outer(mean, mean),
+        )
+        if not bool(torch.isfinite(found.output_covariance).all() and torch.isfinite(found.input_moment).all()):
+            raise DataError(
+                f"activations must be finite, those of {name} are not. Check the weights and the normalisation."
+            )
+        return found
+
+
+def as_image(x: Tensor, conv: Conv) -> Tensor:
+    """Activations of a linear layer ``(N, ..., S)`` as ``(N, S, P, 1)``; those of a convolution as they are."""
+    return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)[..., None] if conv.linear else x
+
+
+def padded(x: Tensor, conv: Conv) -> Tensor:
+    """``x`` with the convolution's padding applied explicitly."""
+    if conv.padding_same:
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel, strict=True)]
+        (top, bottom), (left, right) = [(t // 2, t - t // 2) for t in total]
+    else:
+        top = bottom = conv.padding[0]
+        left = right = conv.padding[1]
+    if not (top or bottom or left or right):
+        return x
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, (left, right, top, bottom), mode=mode)
+
+
+def taps(x: Tensor, conv: Conv) -> Iterable[tuple[int, int, Tensor]]:
+    """For every kernel element ``(i, j)``: the input pixels ``(N, S, H', W')`` that it meets."""
+    x, (height, width) = padded(x, conv), conv.output_size
+    for i in range(conv.kernel[0]):
+        for j in range(conv.kernel[1]):
+            top, left = i * conv.dilation[0], j * conv.dilation[1]
+            yield (
+                i,
+                j,
+                x[
+                    :,
+                    :,
+                    top : top + (height - 1) * conv.stride[0] + 1 : conv.stride[0],
+                    left : left + (width - 1) * conv.stride[1] + 1 : conv.stride[1],
+                ],
+            )
+
+
+def patch_means(x: Tensor, conv: Conv) -> Tensor:
+    """Mean patch ``(S, height, width)`` under the kernel, over images and output pixels."""
+    means = x.new_zeros((x.shape[1], *conv.kernel))
+    for i, j, pixels in taps(x, conv):
+        means[:, i, j] = pixels.mean((0, 2, 3))
+    return means
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """The dense network's outputs of one layer at a few output pixels of every calibration image."""
+
+    pixels: Tensor
+    """``(P,)`` int64: row-major indices of the output pixels."""
+    outputs: Tensor
+    """``(N, P, T)`` float32."""
+
+
+@torch.no_grad()
+def sample_outputs(
+    model: nn.Module, convs: Mapping[str, Conv], batches: Iterable[Tensor], *, pixels: int, seed: int
+) -> dict[str, Sample]:
+    """Outputs of the named layers at ``pixels`` random output pixels (all where there are fewer)."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen: dict[str, Tensor] = {}
+    for name, conv in convs.items():
+        count = conv.output_size[0] * conv.output_size[1]
+        chosen[name] = torch.randperm(count, generator=generator)[:pixels].sort().values
+    parts: dict[str, list[Tensor]] = {name: [] for name in convs}
+
+    def keep(name: str, conv: Conv) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = as_image(output, conv).permute(0, 2, 3, 1).flatten(1, 2)
+            parts[name].append(rows[:, chosen[name].to(rows.device)].float().contiguous())
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name, conv)) for name, conv in convs.items()]
+    try:
+        with evaluating(model):
+            for images in batches:
+                model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Sample(pixels=chosen[name], outputs=torch.cat(parts[name])) for name in convs}

@@ -1,0 +1,179 @@
+"""Commands around a search space: inspect, search, resume, schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ranksearch.cli.options import AsJson, Quiet, Settings, SpaceFile, Storage, StudyName, complain, console, say
+from ranksearch.cli.progress import Reporter
+from ranksearch.cli.tables import front_table, inspection, layers_table, percent
+from ranksearch.errors import RanksearchError
+
+if TYPE_CHECKING:
+    from ranksearch.study import Study
+
+
+def inspect(
+    space: SpaceFile,
+    settings: Settings = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the layers, their shapes and MACs, which are searched and over how many candidates; runs no trial.
+
+    The built-in digits network is trained on first use, in seconds.
+    """
+    from ranksearch.launch import inspect as examine
+    from ranksearch.models import build_model
+    from ranksearch.surgery import find_layers
+
+    with Reporter() as reporter:
+        setting = examine(space, settings=settings or (), storage=storage, notify=reporter.notify)
+    model = build_model(setting.space.model, weights=None)
+    found = inspection(setting, find_layers(model, setting.model.input_shape))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console().print(layers_table(found))
+    dense, least = found["dense"], found["least_macs"]
+    scores = percent(dense["accuracy"]), percent(dense["accuracy_search"])
+    searched = sum(row["searched"] for row in found["layers"])
+    shape = "x".join(str(size) for size in found["input_shape"])
+    say(
+        f"\n{found['model']} on {shape} images: {dense['macs'] / 1e9:.4g} GMACs, {int(dense['params']):,} parameters, "
+        f"accuracy {scores[0]} % (report images), {scores[1]} % (search images)"
+    )
+    say(
+        f"{searched} of {len(found['layers'])} layers searched, {float(found['rank_maps']):.2g} rank maps, "
+        f"the cheapest with {percent(least / dense['macs'], 1)} % of the MACs"
+    )
+
+
+def search(
+    space: SpaceFile,
+    settings: Settings = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the new study; that of the space by default.")
+    ] = None,
+    storage: Storage = None,
+    quiet: Quiet = False,
+) -> None:
+    """Search the ranks of a network; ends with the front and the commands to go on."""
+    with _driving(storage, quiet) as reporter:
+        from ranksearch.launch import search as run
+
+        found = run(
+            space,
+            settings=settings or (),
+            storage=storage,
+            name=study,
+            notify=reporter.notify,
+            named=reporter.named,
+            watch=reporter.watch,
+        )
+    _conclude(found, storage)
+
+
+def resume(
+    name: StudyName,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="New number of trials in all, to extend the search.", show_default=False)
+    ] = None,
+    storage: Storage = None,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a stopped or killed search; with a larger --trials, extend a finished one."""
+    with _driving(storage, quiet) as reporter:
+        from ranksearch.launch import resume as run
+
+        reporter.named(name)
+        found = run(name, storage=storage, trials=trials, notify=reporter.notify, watch=reporter.watch)
+    if not reporter.trials:
+        made = len({trial.index for trial in found.trials()})
+        say(f"Nothing to do: {made} proposals are made already. Ask for more with --trials.\n")
+    _conclude(found, storage)
+
+
+def schema() -> None:
+    """Print the JSON Schema of a space file, for editors."""
+    from ranksearch.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@contextmanager
+def _driving(storage: str | None, quiet: bool) -> Iterator[Reporter]:
+    """Show progress; turn Ctrl-C and what stops a running search into exit codes."""
+    reporter = Reporter(quiet=quiet)
+    try:
+        with reporter:
+            yield reporter
+    except KeyboardInterrupt:
+        from ranksearch.storage import Store
+
+        name = reporter.study
+        if name is None or name not in Store(storage).names():
+            say("Interrupted before the first trial: no study was made.", style="yellow", stderr=True)
+        else:
+            study = Store(storage).open(name)
+            complete = sum(trial.state == "COMPLETE" for trial in study.trials())
+            if complete:
+                console().print(front_table(study))
+            say(f"Interrupted: {complete} of {study.space.budget.trials} trials are done.", style="yellow", stderr=True)
+            say(f"Go on with: ranksearch resume {name}{_place(storage)}", stderr=True)
+        raise typer.Exit(130) from None
+    except (RanksearchError, OSError) as error:
+        if not reporter.trials:
+            raise
+        complain(error)
+        say(f"Go on with: ranksearch resume {reporter.study}{_place(storage)}", stderr=True)
+        raise typer.Exit(1) from None
+
+
+def _conclude(study: Study, storage: str | None) -> None:
+    """The front, and what can be done with it; exit code 1 where it is empty."""
+    trials = study.trials()
+    failed = [trial for trial in trials if trial.state == "FAIL"]
+    complete = [trial for trial in trials if trial.state == "COMPLETE"]
+    if not complete:
+        reason = f" The first: {failed[0].reason}" if failed else ""
+        complain(f"all {len(failed)} trials of {study.name} failed.{reason}")
+        raise typer.Exit(1)
+    if not study.front_trials(trials):
+        limits = study.space.budget.model_dump(include={"max_macs_ratio", "max_drop"}, exclude_none=True)
+        complain(f"none of {len(complete)} trials of {study.name} is within the budget's limits {limits}.")
+        raise typer.Exit(1)
+    console().print(front_table(study))
+    say(f"\nStudy {study.name}: {len(complete)} trials done, {len(failed)} failed. Go on with:")
+    for command in _next_commands(study, storage):
+        say(f"  {command}")
+
+
+def _next_commands(study: Study, storage: str | None) -> list[str]:
+    name, place = study.name, _place(storage)
+    commands = [
+        f"ranksearch front {name} --html front.html{place}",
+        f"ranksearch export {name} --knee -o rank_map.json --save-weights compressed.safetensors{place}",
+        f"ranksearch evaluate rank_map.json{place}",
+        f"ranksearch resume {name} --trials {2 * study.space.budget.trials}{place}",
+    ]
+    if study.space.tracking.enabled:
+        commands.append(f"ranksearch ui {name}{place}")
+    journal = study.folder / "journal.log"
+    if find_spec("optuna_dashboard") and journal.exists():
+        commands.append(f"optuna-dashboard {shlex.quote(str(journal))}")
+    return commands
+
+
+def _place(storage: str | None) -> str:
+    """How to name a storage that is not where commands look by themselves."""
+    given = storage != os.environ.get("RANKSEARCH_STORAGE")
+    return f" --storage {shlex.quote(storage)}" if storage and given else ""

@@ -1,0 +1,165 @@
+"""Studies, fronts and layers as tables for people and as records for programs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ranksearch.handover import Comparison
+    from ranksearch.study import Setting, Study
+    from ranksearch.surgery import Layer
+
+_WHOLE = ("number", "index", "attempt", "trial", "macs", "params")
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dicts of JSON types: NaN is null, counts are whole numbers."""
+    return [{str(key): _plain(str(key), value) for key, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _plain(name: str, value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return int(value) if name in _WHOLE and value is not None else value
+
+
+def table(*columns: str, left: int = 0) -> Table:
+    """An empty table whose first ``left`` columns are text, the others numbers."""
+    made = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
+    return made
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share as a percentage; a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def front_table(study: Study) -> Table:
+    """The front, the dense network last."""
+    columns = ("trial", "accuracy %", "95 % interval", "search %", "MACs %", "GMACs", "params", "origin")
+    made = table(*columns)
+    for row in records(study.front()):
+        low, high = percent(row["accuracy_low"], 1), percent(row["accuracy_high"], 1)
+        made.add_row(
+            str(row["trial"]),
+            percent(row["accuracy"]),
+            f"{low} - {high}",
+            percent(row["accuracy_search"]),
+            percent(row["macs_ratio"], 1),
+            f"{row['gmacs']:.4g}",
+            f"{row['params']:,}",
+            row["origin"],
+        )
+    dense = study.setting.dense
+    scores = (percent(dense["accuracy"]), "", percent(dense["accuracy_search"]))
+    made.add_row("dense", *scores, "100.0", f"{dense['macs'] / 1e9:.4g}", f"{int(dense['params']):,}", "", style="dim")
+    return made
+
+
+def trials_table(study: Study) -> Table:
+    """Every trial with its state and reason."""
+    made = table("trial", "state", "origin", "front", "search %", "MACs %", "params", "seconds", "reason")
+    for column in (1, 2, 8):
+        made.columns[column].justify = "left"
+    made.columns[8].no_wrap = False
+    for row in records(study.trials_frame()):
+        complete = row["accuracy_search"] is not None
+        infeasible = complete and not row["feasible"]
+        made.add_row(
+            str(row["number"]),
+            row["state"],
+            row["origin"],
+            "*" if row["on_front"] else "",
+            percent(row["accuracy_search"]),
+            percent(row["macs_ratio"], 1),
+            f"{row['params']:,}" if complete else "-",
+            f"{row['seconds']:.1f}" if complete else "-",
+            "outside the budget's limits" if infeasible else row["reason"] or "",
+        )
+    return made
+
+
+def inspection(setting: Setting, layers: list[Layer]) -> dict[str, Any]:
+    """What a search would start from, as JSON types; ``layers`` are all of the network's, in order of execution."""
+    searched = {layer.name: layer for layer in setting.table.layers}
+    pinned = {name: candidate for name, _, candidate in setting.table.pinned}
+    rows = []
+    for layer in layers:
+        conv, choices = layer.conv, searched.get(layer.name)
+        row: dict[str, Any] = {
+            "name": layer.name,
+            "type": "linear" if conv.linear else "conv",
+            "in_channels": conv.in_channels,
+            "out_channels": conv.out_channels,
+            "kernel": list(conv.kernel),
+            "stride": list(conv.stride),
+            "groups": conv.groups,
+            "output_size": list(conv.output_size),
+            "macs": conv.macs * layer.calls,
+            "params": conv.params,
+            "searched": choices is not None,
+            "candidates": 1 if choices is None else len(choices.candidates),
+            "formats": dict(Counter(c.format for c in choices.candidates if not c.dense)) if choices else {},
+            "reason": None if choices else setting.left_dense.get(layer.name),
+        }
+        if layer.name in pinned:
+            row["fixed"] = {"format": pinned[layer.name].format, "ranks": list(pinned[layer.name].ranks)}
+        rows.append(row)
+    return {
+        "model": setting.model.name,
+        "input_shape": list(setting.model.input_shape),
+        "dense": dict(setting.dense),
+        "least_macs": setting.table.least_macs,
+        "rank_maps": str(setting.table.size),
+        "layers": rows,
+    }
+
+
+def layers_table(found: dict[str, Any]) -> Table:
+    """The layers of an inspection."""
+    made = table("layer", "kernel", "output", "MACs", "MACs %", "params", "candidates", "searched", left=2)
+    made.columns[7].justify = "left"
+    for row in found["layers"]:
+        kernel = f"{row['out_channels']}x{row['in_channels'] // row['groups']}x{row['kernel'][0]}x{row['kernel'][1]}"
+        how = ", ".join(f"{name} {count}" for name, count in row["formats"].items())
+        if "fixed" in row:
+            how = f"fixed to {row['fixed']['format']} {tuple(row['fixed']['ranks'])}"
+        made.add_row(
+            row["name"],
+            kernel if row["stride"] == [1, 1] else f"{kernel} /{row['stride'][0]}",
+            f"{row['output_size'][0]}x{row['output_size'][1]}",
+            f"{row['macs']:,}",
+            percent(row["macs"] / found["dense"]["macs"], 1),
+            f"{row['params']:,}",
+            str(row["candidates"]),
+            how or f"stays dense: {row['reason']}",
+            style=None if row["searched"] else "dim",
+        )
+    return made
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Dense and compressed side by side."""
+    made = table("", "dense", "compressed", "ratio", left=1)
+    dense, ours = found.dense, found.compressed
+    made.add_row("accuracy %", percent(dense.accuracy), percent(ours.accuracy), "")
+    intervals = [f"{percent(one.accuracy_low)} - {percent(one.accuracy_high)}" for one in (dense, ours)]
+    made.add_row("95 % interval", *intervals, "")
+    made.add_row("loss", f"{dense.loss:.4f}", f"{ours.loss:.4f}", "")
+    made.add_row("GMACs", f"{dense.macs / 1e9:.4g}", f"{ours.macs / 1e9:.4g}", f"{ours.macs / dense.macs:.3f}")
+    made.add_row("MACs", f"{dense.macs:,}", f"{ours.macs:,}", "")
+    made.add_row("params", f"{dense.params:,}", f"{ours.params:,}", f"{ours.params / dense.params:.3f}")
+    for size, before in dense.latency_ms.items():
+        after = ours.latency_ms[size]
+        made.add_row(f"latency ms, batch {size}", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}")
+    return made

@@ -1,0 +1,38 @@
+"""The formats a layer may take, one file a family.
+
+To add a format, write a class with ``name``, ``max_rank``, ``stages``, ``prepare`` and ``factors`` (see
+:class:`~ranksearch.decompositions.format.Format`; ``tucker2.py`` is the shortest example) and put an instance in
+``FORMATS``. Its MACs, modules, bounds, biases, refitting and rank-map entries follow from these. Then add its name to
+the table of ``tests/cases.py``, which runs the whole conformance suite on it.
+"""
+
+from __future__ import annotations
+
+from ranksearch.decompositions.format import (
+    Format,
+    Kind,
+    Prepared,
+    Ranks,
+    Statistics,
+    chain,
+    check_ranks,
+    compressed_stages,
+    prepare,
+)
+from ranksearch.decompositions.svd import ChannelSvd, SpatialSvd, Svd
+from ranksearch.decompositions.tucker2 import Tucker2
+
+FORMATS: dict[str, Format] = {form.name: form for form in (Tucker2(), Svd(), SpatialSvd(), ChannelSvd())}
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Kind",
+    "Prepared",
+    "Ranks",
+    "Statistics",
+    "chain",
+    "check_ranks",
+    "compressed_stages",
+    "prepare",
+]

@@ -1,0 +1,157 @@
+"""The driver of a search: the source of an engine's tasks, which alone asks the strategy and writes the study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ranksearch.strategies import Strategy
+from ranksearch.study import Study
+from ranksearch.trial import DONE, WAIT, Failure, Outcome, Proposal, Signal, Task, Trial
+
+if TYPE_CHECKING:
+    from ranksearch.tracking import View
+
+Watch = Callable[[Study, Trial], None]
+"""Called with every trial that ended."""
+
+STOPPED = "interrupted: the search was stopped"
+
+
+def task_of(study: Study, trial: Trial, incumbents: tuple[tuple[float, ...], ...]) -> Task:
+    """What a worker is told of a trial.
+
+    The seed follows the proposal, not the trial: a proposal that is tried again gives the same network.
+    """
+    seed = int(np.random.SeedSequence([study.space.seed, trial.index]).generate_state(1)[0])
+    return Task(number=trial.number, choices=trial.proposal.choices, seed=seed, incumbents=incumbents)
+
+
+def finished(study: Study) -> bool:
+    """Whether the budget's proposals are all made, and none is to be tried once more."""
+    latest = {trial.index: trial for trial in study.trials()}
+    return len(latest) >= study.space.budget.trials and not any(trial.retry for trial in latest.values())
+
+
+class Driver:
+    """The source of an engine's tasks: asks the strategy, records every trial, tells MLflow.
+
+    Deterministic, proposals come in synchronous batches: the outcomes of a batch are looked at when all of them are
+    there, so neither the number of workers nor their order matters. Nor does an interruption: the strategy sees every
+    proposal once, by its last try, and a batch is made complete before the next begins.
+    """
+
+    def __init__(
+        self, study: Study, strategy: Strategy, *, view: View | None = None, watch: Watch | None = None
+    ) -> None:
+        self._study = study
+        self._strategy = strategy
+        self._view = view
+        self._watch = watch
+        self._space = study.space
+        self._trials = {trial.number: trial for trial in study.trials()}
+        self._latest = {trial.index: trial for trial in self._trials.values()}
+        """Every proposal's last try."""
+        self._front = study.front_trials(list(self._trials.values()))
+        self._queue: list[Task] = []
+        self._incumbents: tuple[tuple[float, ...], ...] = ()
+        self._deadline = time.monotonic() + 60 * (self._space.budget.minutes or 1e12)
+        self._told = 0
+        self._told_front: list[Trial] = []
+        self._sweep()
+        if view is not None:
+            view.sync(trial for trial in self._trials.values() if trial.state != "RUNNING")
+            self._tell_hypervolume()
+
+    def take(self, limit: int) -> list[Task] | Signal:
+        """Up to ``limit`` tasks; WAIT for the running ones; DONE when the budget is used up."""
+        if self._space.deterministic:
+            if not self._queue:
+                if self._running():
+                    return WAIT
+                self._queue = self._propose(self._space.strategy.batch)
+            tasks, self._queue = self._queue[:limit], self._queue[limit:]
+        else:
+            tasks = self._propose(limit)
+        return tasks or (WAIT if self._running() else DONE)
+
+    def done(self, task: Task, result: Outcome | Failure) -> None:
+        """Record what came of a task."""
+        trial = self._study.finish(self._trials[task.number], result)
+        self._ended(trial)
+        if self._watch is not None:
+            self._watch(self._study, trial)
+
+    def stop(self) -> None:
+        """End what still runs, to be tried once more by a resume."""
+        self._study.recover(STOPPED)
+        for trial in self._study.trials():
+            known = self._trials.get(trial.number)
+            # Ctrl-C may have come when the study knew of a trial, and nobody else.
+            if known is None or known.state == "RUNNING":
+                self._ended(trial)
+        self._front = self._study.front_trials(list(self._trials.values()))
+        self._sweep()
+
+    def _ended(self, trial: Trial) -> None:
+        if self._view is not None:
+            self._view.trial(trial)
+        self._trials[trial.number] = self._latest[trial.index] = trial
+        before = sorted([*self._front, trial], key=lambda one: one.number)  # of equal points the first is kept
+        self._front = self._study.front_trials(before)
+        for left in before:
+            if left not in self._front and left.outcome is not None and left.outcome.weights:
+                (self._study.weights_folder / left.outcome.weights).unlink(missing_ok=True)
+        self._tell_hypervolume()
+
+    def _running(self) -> bool:
+        return any(trial.state == "RUNNING" for trial in self._latest.values())
+
+    def _propose(self, count: int) -> list[Task]:
+        """Begin up to ``count`` trials: first what is to be tried once more, then new proposals."""
+        if time.monotonic() > self._deadline:
+            return []
+        self._incumbents = tuple(self._study.point(trial) for trial in self._front)
+        again = [trial for trial in self._latest.values() if trial.retry][:count]
+        tasks = [self._begin(trial.proposal, trial.index, trial.attempt + 1) for trial in again]
+        while len(tasks) < count:
+            index = len(self._latest)
+            complete = bool(tasks) and self._space.deterministic and index % self._space.strategy.batch == 0
+            if index >= self._space.budget.trials or complete:
+                break
+            proposal = self._strategy.propose(self._study.setting.table, self._history())
+            if isinstance(proposal, Signal):
+                break
+            tasks.append(self._begin(proposal, index, 0))
+        return tasks
+
+    def _history(self) -> list[Trial]:
+        """What the strategy sees: the trials of a search that was never interrupted."""
+        ordered = (self._latest[index] for index in range(len(self._latest)))
+        return [t if t.number == t.index else replace(t, number=t.index, attempt=0) for t in ordered]
+
+    def _begin(self, proposal: Proposal, index: int, attempt: int) -> Task:
+        trial = self._study.begin(proposal, index=index, attempt=attempt)
+        self._trials[trial.number] = self._latest[index] = trial
+        return task_of(self._study, trial, self._incumbents)
+
+    def _sweep(self) -> None:
+        """Remove the weights that no trial on the front has, those of interrupted trials included."""
+        kept = {trial.outcome.weights for trial in self._front if trial.outcome is not None}
+        for path in self._study.weights_folder.glob("*"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _tell_hypervolume(self) -> None:
+        """The hypervolume after each trial, in the order of numbers, as far as trials have ended."""
+        while self._view is not None:
+            trial = self._trials.get(self._told)
+            if trial is None or trial.state == "RUNNING":
+                return
+            self._told_front = self._study.front_trials([*self._told_front, trial])
+            self._view.hypervolume(self._told, self._study.hypervolume(self._told_front))
+            self._told += 1

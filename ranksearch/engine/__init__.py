@@ -1,0 +1,83 @@
+"""Where trials run: an engine takes tasks from a source, evaluates them, and hands back what came of each at once.
+
+To add an engine, write a class with ``run`` and name it in ``build_engine``. Which tasks there are, in which order and
+how often one is tried is the source's business; an engine only promises that every task it takes is handed back once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ranksearch.space import ResourcesSpec
+from ranksearch.trial import Failure, Outcome, Signal, Task
+
+_REASON_LENGTH = 500
+
+
+class Evaluate(Protocol):
+    """Scores one task; raises where it cannot."""
+
+    def __call__(self, task: Task) -> Outcome:
+        """The measurements of the task's network."""
+        ...
+
+
+Factory = Callable[[], Evaluate]
+"""Makes an evaluator that holds network, data and factors. It is pickled to a worker once, and called once there."""
+
+
+class Source(Protocol):
+    """What an engine takes its tasks from."""
+
+    def take(self, limit: int) -> list[Task] | Signal:
+        """From one to ``limit`` tasks; WAIT: none until a running one ends; DONE: none any more."""
+        ...
+
+    def done(self, task: Task, result: Outcome | Failure) -> None:
+        """Hear what came of a task."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs tasks."""
+
+    def run(self, factory: Factory, source: Source) -> None:
+        """Evaluate the tasks of ``source`` until it is DONE.
+
+        Raises:
+            EngineError: there are no workers to be had, or one after the other died before it had a result.
+            KeyboardInterrupt: as soon as it comes; running work is stopped, and not handed back.
+        """
+        ...
+
+
+def build_engine(spec: ResourcesSpec) -> Engine:
+    """The engine that ``spec`` names."""
+    if spec.engine == "ray":
+        from ranksearch.engine.ray import RayEngine  # seconds of imports, so only where it is asked for
+
+        return RayEngine(spec)
+    from ranksearch.engine.local import LocalEngine
+
+    return LocalEngine()
+
+
+def attempt(evaluate: Evaluate, task: Task) -> Outcome | Failure:
+    """What came of one task; an error of its computation, out of memory included, is a failure with its reason.
+
+    An error of the system (a full disk, a file server that is away) says nothing about the task: it counts as an
+    interruption.
+    """
+    try:
+        return evaluate(task)
+    except Exception as error:
+        # safetensors tells of a full disk in an error of its own.
+        interrupted = isinstance(error, OSError) or "No space left" in str(error)
+        return Failure(reason=reason(error), interrupted=interrupted)
+
+
+def reason(error: Exception) -> str:
+    """Type and message of an error in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:_REASON_LENGTH].removesuffix(": ")

@@ -1,0 +1,302 @@
+"""The engine of many workers: Ray Tune, driven by a ``Searcher`` of ours over the source of tasks.
+
+One Tune trial is one worker for as long as it lives: it makes its evaluator once, says so in an empty report, then
+takes chunks of tasks from a mailbox and reports their results step by step. Before that report it has no tasks: it
+may wait for resources that others hold, and tasks would wait with it. A Tune trial for each chunk, with
+``reuse_actors``, would lose warm workers: Tune keeps at most one actor without a trial waiting for it, so whenever a
+synchronous batch ends all other workers are stopped, and load network, data and factors anew for the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import tempfile
+import time
+from collections import defaultdict
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from ranksearch.engine import Evaluate, Factory, Source, attempt, reason
+from ranksearch.engine.cluster import cluster, nodes, quiet
+from ranksearch.engine.resources import workers
+from ranksearch.errors import EngineError
+from ranksearch.space import ResourcesSpec
+from ranksearch.trial import DONE, WAIT, Failure, Outcome, Task
+
+_CHUNK_SECONDS = 1.0
+"""How long a chunk of tasks may keep a worker."""
+_REPORT_SECONDS = 0.5
+"""How long a finished task may wait to be reported together with the next."""
+_IDLE_SECONDS = 5.0
+"""How often a worker without tasks shows that it is alive."""
+_FRUITLESS_WORKERS = 3
+"""How many workers in a row may die before their first result."""
+
+
+class RayEngine:
+    """Evaluates on Ray workers, on this machine or on a cluster."""
+
+    def __init__(self, spec: ResourcesSpec) -> None:
+        self._spec = spec
+
+    def run(self, factory: Factory, source: Source) -> None:
+        """Evaluate the tasks of ``source`` until it is DONE; see :class:`~ranksearch.engine.Engine`."""
+        with quiet(self._spec.address), cluster(self._spec):
+            actor: Any = ray.remote(num_cpus=0)(_Mailbox)
+            try:
+                _fit(self._spec, factory, source, actor.remote())
+            except _Stopped as stopped:
+                raise stopped.error from None
+
+
+def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any) -> None:
+    """Run Tune, in a folder that is left to nobody, until the source is DONE."""
+    resources = {"cpu": float(spec.cpus_per_trial), "gpu": spec.gpus_per_trial}
+    worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox)
+    dispatcher = _Dispatcher(source, workers(spec, nodes()), mailbox)
+    with tempfile.TemporaryDirectory(prefix="ranksearch-tune-") as folder:
+        tune.Tuner(
+            tune.with_resources(worker, resources),
+            tune_config=tune.TuneConfig(search_alg=dispatcher, num_samples=-1),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=folder,
+                verbose=0,
+                stop=_NoneLeft(dispatcher),
+                callbacks=[_Coroner(dispatcher)],
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        ).fit()
+
+
+class _Stopped(BaseException):
+    """Carries an error through Tune, which would wrap or retry any other, to the engine's caller."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Mailbox:
+    """An actor through which tasks reach the workers: Tune itself hands a worker nothing once it runs."""
+
+    def __init__(self) -> None:
+        self._boxes: defaultdict[str, asyncio.Queue[list[Task] | None]] = defaultdict(asyncio.Queue)
+
+    async def put(self, worker: str, tasks: list[Task] | None) -> None:
+        """Hand tasks to a worker, or None to end it."""
+        self._boxes[worker].put_nowait(tasks)
+
+    async def take(self, worker: str) -> list[Task] | None:
+        """The next tasks of a worker; none after a while."""
+        try:
+            return await asyncio.wait_for(self._boxes[worker].get(), _IDLE_SECONDS)
+        except TimeoutError:
+            return []
+
+
+class _Worker(tune.Trainable):
+    """One worker: network, data and factors stay warm as long as it lives."""
+
+    def setup(self, config: dict[str, Any], factory: Factory | None = None, mailbox: Any = None) -> None:
+        """Make the evaluator; where that fails, the first step tells. Tune fills in what ``with_parameters`` gave."""
+        self._name: str = config["worker"]
+        self._mailbox = mailbox
+        self._queue: list[Task] = []
+        self._ready = False
+        self._broken: str | None = None
+        self._evaluate: Evaluate | None = None
+        try:
+            self._evaluate = factory() if factory else None
+        except Exception as error:
+            self._broken = reason(error)
+
+    def step(self) -> dict[str, Any]:
+        """Evaluate tasks for a moment and report them."""
+        if self._evaluate is None:
+            return {"results": [], "broken": self._broken, "done": True}
+        if not self._ready:
+            self._ready = True
+            return {"results": [], "done": False}
+        if not self._queue:
+            tasks = ray.get(self._mailbox.take.remote(self._name))
+            if tasks is None:
+                return {"results": [], "done": True}
+            self._queue = tasks
+        start = time.monotonic()
+        results: list[tuple[int, Outcome | Failure]] = []
+        while self._queue and time.monotonic() - start < _REPORT_SECONDS:
+            task = self._queue.pop(0)
+            results.append((task.number, attempt(self._evaluate, task)))
+        return {"results": results, "seconds": time.monotonic() - start, "done": False}
+
+
+class _Dispatcher(Searcher):
+    """Starts workers, keeps them in tasks, and hands results to the source; runs in the driver."""
+
+    def __init__(self, source: Source, workers: int, mailbox: Any) -> None:
+        super().__init__()
+        self._source = source
+        self._workers = workers
+        self._mailbox = mailbox
+        self._running: dict[str, dict[int, Task]] = {}
+        """Worker to the tasks it has, by number."""
+        self._starting: set[str] = set()
+        """Workers that have not reported yet: they may still wait for resources, so they get no tasks."""
+        self._proven: set[str] = set()
+        """Workers that have had a result."""
+        self._fruitless = 0
+        """How many workers in a row died before they had a result."""
+        self._ready: list[Task] = []
+        """Tasks taken from the source that no worker has yet."""
+        self._exhausted = False
+        self._chunk = 1
+        self._alone = 0
+        """How many tasks still to send one by one, because as many were lost with a worker: one of them may have
+        killed it, and is not to take the others along again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher beside its own state, and the source holds files and threads."""
+        return {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """Start a worker where one is missing and there is a task for it."""
+        wanted = len(self._starting) + 1
+        if len(self._running) < self._workers and self._refill(wanted) and len(self._ready) >= wanted:
+            self._running[trial_id] = {}
+            self._starting.add(trial_id)
+            return {"worker": trial_id}
+        return Searcher.FINISHED if self._exhausted and not self._ready else None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Record what a worker reports, and keep all workers in tasks."""
+        self._starting.discard(trial_id)
+        self._record(trial_id, result)
+        self._feed()
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """A worker has ended: on request, because it could not start, or because it died."""
+        if result and result.get("broken"):
+            raise _Stopped(EngineError(f"a worker could not start: {result['broken']}"))
+        self._starting.discard(trial_id)
+        lost = self._running.pop(trial_id, {})
+        if error:
+            self._fruitless += trial_id not in self._proven
+            self._chunk, self._alone = 1, self._alone + len(lost)
+            for task in lost.values():
+                self._done(task, Failure(reason="its worker died (killed, or out of memory)", interrupted=True))
+        self._feed()
+
+    def died(self, cause: str) -> None:
+        """Hear why a worker died, after ``on_trial_complete``; end the search where no worker gets anywhere."""
+        if self._fruitless >= _FRUITLESS_WORKERS:
+            raise _Stopped(
+                EngineError(
+                    f"{self._fruitless} workers in a row died before their first result, the last of: {cause}. "
+                    "Where memory is short, lower resources.workers or evaluation.batch_images; then resume."
+                )
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether every task is done, and the workers that are left have not even started."""
+        return self._exhausted and not self._ready and self._running.keys() <= self._starting
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Save nothing: the study is the record."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the study is the record."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing: a resumed search starts afresh from the study."""
+
+    def _record(self, trial_id: str, result: dict[str, Any]) -> None:
+        tasks = self._running.get(trial_id, {})
+        results = [(tasks.pop(number), outcome) for number, outcome in result["results"] if number in tasks]
+        if results:
+            self._fruitless = 0
+            self._proven.add(trial_id)
+            # At most doubled at a time: the first tasks say little about the next.
+            fitting = int(_CHUNK_SECONDS * len(results) / max(result["seconds"], 1e-6))
+            self._chunk = max(1, min(fitting, 2 * self._chunk))
+        for task, outcome in results:
+            self._done(task, outcome)
+
+    def _feed(self) -> None:
+        """Send tasks to every worker that has none, or end it where there is nothing more to come."""
+        idle = [worker for worker, tasks in self._running.items() if not tasks and worker not in self._starting]
+        for i, worker in enumerate(idle):
+            if self._refill(len(idle) - i):
+                self._send(worker)
+            elif self._exhausted:
+                self._mailbox.put.remote(worker, None)
+                self._running.pop(worker)
+
+    def _refill(self, idle: int) -> bool:
+        """Take tasks from the source for so many idle workers; whether any is ready.
+
+        Cheap tasks are taken ahead for all the workers, so that they can be dealt out evenly; dear ones never, since
+        a strategy proposes better the more outcomes it has seen.
+        """
+        wanted = idle + (self._chunk - 1) * self._workers
+        while len(self._ready) < wanted and not self._exhausted:
+            try:
+                tasks = self._source.take(wanted - len(self._ready))
+            except Exception as error:
+                raise _Stopped(error) from error
+            if tasks is DONE:
+                self._exhausted = True
+            elif tasks is WAIT:
+                if not self._ready and not any(self._running.values()):
+                    raise _Stopped(RuntimeError("the source waits for a running task, and none is running"))
+                break
+            else:
+                self._ready += tasks
+        return bool(self._ready)
+
+    def _send(self, worker: str) -> None:
+        """Send a worker its share of the ready tasks."""
+        count = 1 if self._alone else min(self._chunk, math.ceil(len(self._ready) / self._workers))
+        tasks, self._ready = self._ready[:count], self._ready[count:]
+        self._alone = max(0, self._alone - count)
+        self._running[worker] = {task.number: task for task in tasks}
+        self._mailbox.put.remote(worker, tasks)
+
+    def _done(self, task: Task, result: Outcome | Failure) -> None:
+        try:
+            self._source.done(task, result)
+        except Exception as error:
+            raise _Stopped(error) from error
+
+
+class _NoneLeft(tune.Stopper):
+    """Ends Tune where only workers are left that wait to start: they would make an evaluator for nothing."""
+
+    def __init__(self, dispatcher: _Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No worker is ended by what it reports."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._dispatcher.finished
+
+
+class _Coroner(tune.Callback):
+    """Tells the dispatcher why a worker died, which Tune does not tell its searcher."""
+
+    def __init__(self, dispatcher: _Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A worker died."""
+        error = trial.get_pickled_error()
+        self._dispatcher.died(reason(error) if error is not None else "unknown")

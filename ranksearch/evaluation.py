@@ -1,0 +1,263 @@
+"""How a proposal becomes a network and a score.
+
+``Bench`` holds everything that the evaluation of any proposal needs, as NumPy arrays, so that one copy in shared memory
+serves all workers; calling it makes a warm ``Evaluator``. Images: factors, regression, recalibration and fine-tuning
+see training images only, the score that a search sees is that of the search-validation images, and the report images
+are scored only for trials that may be on the front.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ranksearch.calibration import Sample
+from ranksearch.data import Data, Split, to_input
+from ranksearch.decompositions import FORMATS, Kind
+from ranksearch.models import build_model
+from ranksearch.pricing import kinds, store
+from ranksearch.refit import batch_norms, recalibrate, sequential_regression
+from ranksearch.space import Space
+from ranksearch.surgery import build_layer, channels_last, count_macs, count_params, kernel_of, replaced
+from ranksearch.table import Candidate, PriceTable
+from ranksearch.training import fine_tune, steps_of
+from ranksearch.trial import Outcome, Task, constraints, minimised, objective_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well a network does on one split."""
+
+    accuracy: float
+    """Top-1, 0 to 1."""
+    loss: float
+    """Cross-entropy, nats per image."""
+    images: int
+
+
+@torch.no_grad()
+def score(model: nn.Module, split: Split, data: Data, *, batch_images: int, device: torch.device) -> Score:
+    """Accuracy and loss of ``model`` on a split, in float32."""
+    correct, loss = 0, 0.0
+    for start in range(0, len(split.labels), batch_images):
+        labels = torch.as_tensor(split.labels[start : start + batch_images]).to(device)
+        outputs = model(to_input(split.images[start : start + batch_images], data, device)).float()
+        correct += int((outputs.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
+    return Score(accuracy=correct / len(split.labels), loss=loss / len(split.labels), images=len(split.labels))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch limited to ``count`` CPU threads: the last bits of a result depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def reproducible(count: int) -> Iterator[None]:
+    """``count`` CPU threads, and on GPUs kernels that give the same bits every time, in float32 proper.
+
+    Everything is put back as it was.
+    """
+    with threads(count), torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def device_of(space: Space) -> torch.device:
+    """The device of a trial: a GPU where the space asks for one and there is one."""
+    return torch.device("cuda" if space.resources.gpus_per_trial > 0 and torch.cuda.is_available() else "cpu")
+
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bench:
+    """What every evaluation needs; picklable, large parts as NumPy arrays."""
+
+    space: Space
+    data: Data
+    table: PriceTable
+    dense: Mapping[str, float]
+    """Of the dense network: ``accuracy_search``, ``macs`` and more, as :class:`~ranksearch.study.Setting` has it."""
+    state: Arrays
+    """The dense network's state dict."""
+    factors: Mapping[tuple[str, str, Kind], Arrays]
+    """Prepared tensors by layer, format and kind."""
+    samples: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    """Output pixels and the dense outputs there, by layer; empty without regression."""
+    logits: np.ndarray
+    """``(N, classes)``: the dense network's outputs on the selection images."""
+    dtype: str
+    """Arithmetic of fine-tuning, settled once for a search: ``float32`` or ``bfloat16``."""
+    weights_folder: Path
+    """Where the weights of trials that may be on the front go."""
+
+    def __call__(self) -> Evaluator:
+        """A warm evaluator."""
+        return Evaluator(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Built:
+    """A compressed network, and how it was made."""
+
+    model: nn.Module
+    kind: Kind
+    recalibrated: bool
+    divergence: float
+    """Mean Kullback-Leibler divergence from the dense network's outputs on the selection images, nats."""
+
+
+class Evaluator:
+    """Builds, restores and scores proposals; holds the network, the factors and the calibration images warm."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.spec = bench.space.evaluation
+        self.data = bench.data
+        self.device = device_of(bench.space)
+        with reproducible(bench.space.resources.cpus_per_trial):
+            self.dense = build_model(bench.space.model, weights=None)
+            self.dense.load_state_dict({key: torch.tensor(value) for key, value in bench.state.items()})
+            self.dense = channels_last(self.dense.eval().to(self.device))
+            self.factors = {key: self._tensors(arrays) for key, arrays in bench.factors.items()}
+            self.samples = {
+                name: Sample(pixels=torch.tensor(pixels), outputs=torch.tensor(outputs, device=self.device))
+                for name, (pixels, outputs) in bench.samples.items()
+            }
+            self.logits = torch.tensor(bench.logits, device=self.device)
+            calibration = bench.data.calibration
+            refit, select = self.spec.refit_images, self.spec.select_images
+            self.refit_images = self._input(calibration[:refit])
+            # From the other end, so that a choice is not made on the images that were regressed on, where it can be.
+            self.select_images = self._input(calibration[-select:])
+
+    def __call__(self, task: Task) -> Outcome:
+        """The outcome of one task.
+
+        Raises:
+            FloatingPointError: activations or losses that are not finite; other exceptions of torch as they come.
+        """
+        started = time.perf_counter()
+        space = self.bench.space
+        with reproducible(space.resources.cpus_per_trial):
+            picked = {k: c for k, c in self.bench.table.picked(task.choices).items() if not c.dense}
+            built = self.build(picked)
+            details: dict[str, Any] = {
+                "factors": built.kind,
+                "recalibrated": built.recalibrated,
+                "divergence": built.divergence,
+            }
+            if steps_of(self.spec.fine_tune, len(self.data.train.labels)):
+                details["fine_tune_loss"] = self._fine_tune(built.model, task.seed)
+            found = self._score(built.model, self.data.search)
+            outcome = Outcome(
+                accuracy_search=found.accuracy,
+                loss=found.loss,
+                macs=count_macs(built.model, self.data.input_shape),
+                params=count_params(built.model),
+                seconds=0.0,
+            )
+            report, weights = None, None
+            if task.keep or self._may_be_on_front(outcome, task):
+                report = self._score(built.model, self.data.report)
+                weights = f"trial-{task.number:05d}.safetensors"
+                store(built.model.state_dict(), self.bench.weights_folder / weights)
+        return replace(
+            outcome,
+            seconds=time.perf_counter() - started,
+            accuracy=None if report is None else report.accuracy,
+            report_images=0 if report is None else report.images,
+            weights=weights,
+            details=details,
+        )
+
+    def _may_be_on_front(self, outcome: Outcome, task: Task) -> bool:
+        """Whether an outcome keeps the budget's limits and none of the task's incumbents is as good everywhere."""
+        space = self.bench.space
+        if any(value > 0 for value in constraints(outcome, space.budget, self.bench.dense).values()):
+            return False
+        objectives = tuple(space.objectives)
+        point = minimised(objective_values(outcome, objectives), objectives)
+        return not any(all(a <= b for a, b in zip(known, point, strict=True)) for known in task.incumbents)
+
+    def build(self, picked: Mapping[str, Candidate]) -> Built:
+        """The compressed network of the kind, recalibrated or not, that is nearest to the dense network's outputs."""
+        recalibrations = {"auto": (False, True), "always": (True,), "never": (False,)}[self.spec.recalibrate]
+        if not batch_norms(self.dense):
+            recalibrations = (False,)
+        best: Built | None = None
+        for kind in kinds(self.bench.space):
+            model = self._compress(picked, kind)
+            for recalibrated in recalibrations:
+                if recalibrated:
+                    # Batches of near equal size: none of a single image, whose variance may not exist.
+                    batches = -(-len(self.refit_images) // self.spec.batch_images)
+                    recalibrate(model, torch.tensor_split(self.refit_images, batches))
+                divergence = self._divergence(model)
+                if best is None or divergence < best.divergence:
+                    kept = replaced(model, {}) if recalibrations[-1] != recalibrated else model
+                    best = Built(model=kept, kind=kind, recalibrated=recalibrated, divergence=divergence)
+        if best is None or not np.isfinite(best.divergence):
+            raise FloatingPointError("the compressed network's outputs are not finite")
+        return best
+
+    def _compress(self, picked: Mapping[str, Candidate], kind: Kind) -> nn.Module:
+        """The network with factors of one kind, refitted if the space says so."""
+        modules: dict[str, nn.Module] = {}
+        convs = self.bench.table.convs
+        for name, candidate in picked.items():
+            weight, bias = kernel_of(self.dense.get_submodule(name))
+            prepared = self.factors[name, candidate.format, kind]
+            form = FORMATS[candidate.format]
+            modules[name] = build_layer(form, convs[name], prepared, candidate.ranks, bias, weight.dtype)
+        model = channels_last(replaced(self.dense, modules))
+        if self.spec.refit:
+            sequential_regression(model, modules, self.samples, self.refit_images)
+        return model
+
+    @torch.no_grad()
+    def _divergence(self, model: nn.Module) -> float:
+        total, start = 0.0, 0
+        for images in torch.split(self.select_images, self.spec.batch_images):
+            dense = self.logits[start : start + len(images)].log_softmax(1)
+            ours = model(images).float().log_softmax(1)
+            total += float(F.kl_div(ours, dense, reduction="sum", log_target=True))
+            start += len(images)
+        return total / start if np.isfinite(total) else float("inf")
+
+    def _fine_tune(self, model: nn.Module, seed: int) -> float:
+        return fine_tune(
+            model,
+            self.dense,
+            self.data.train,
+            lambda split, index: self._input(split.images[index.numpy()]),
+            self.spec.fine_tune,
+            self.data.augment,
+            seed=seed,
+            dtype=getattr(torch, self.bench.dtype),
+        )
+
+    def _score(self, model: nn.Module, split: Split) -> Score:
+        return score(model, split, self.data, batch_images=self.spec.batch_images, device=self.device)
+
+    def _input(self, images: np.ndarray) -> Tensor:
+        return to_input(images, self.data, self.device)
+
+    def _tensors(self, arrays: Arrays) -> dict[str, Tensor]:
+        return {key: torch.tensor(value, device=self.device) for key, value in arrays.items()}

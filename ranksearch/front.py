@@ -1,0 +1,59 @@
+"""Fronts of points: non-dominated sets, hypervolume, knee; no tensors.
+
+Points are minimised in every coordinate; callers flip the sign of what is maximised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Point = tuple[float, ...]
+
+
+def dominates(a: Point, b: Point) -> bool:
+    """Whether ``a`` is at least as good as ``b`` everywhere and better somewhere."""
+    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+
+def non_dominated(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other dominates, by their first coordinate; of equal points the first only."""
+    kept: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i], i)):
+        # In lexicographic order a point can be dominated only by one that was kept before it: of two objectives by the
+        # last of them, if by any, so the search starts there.
+        if not any(all(x <= y for x, y in zip(points[j], points[i], strict=True)) for j in reversed(kept)):
+            kept.append(i)
+    return kept
+
+
+def hypervolume(points: Sequence[Point], reference: Point) -> float:
+    """Volume dominated by ``points`` within ``reference``, by slicing along the last coordinate.
+
+    Exact for any number of objectives; in two it is one sweep.
+    """
+    inside = [p for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
+    if not inside:
+        return 0.0
+    if len(reference) == 1:
+        return reference[0] - min(p[0] for p in inside)
+    inside.sort(key=lambda p: p[-1])
+    volume = 0.0
+    for i, point in enumerate(inside):
+        upper = inside[i + 1][-1] if i + 1 < len(inside) else reference[-1]
+        if upper > point[-1]:
+            volume += (upper - point[-1]) * hypervolume([p[:-1] for p in inside[: i + 1]], reference[:-1])
+    return volume
+
+
+def knee(points: Sequence[Point]) -> int:
+    """Index of the point of a two-objective front furthest below the line through its two ends.
+
+    Both coordinates are scaled to the front's own range first. Fewer than three points make no bend: then the point
+    that is best in the second coordinate (quality, by convention), as the cheaper one may be of no use.
+    """
+    order = sorted(range(len(points)), key=lambda i: points[i])
+    if len(order) < 3:
+        return min(order, key=lambda i: points[i][1])
+    (x0, y0), (x1, y1) = (points[order[0]][:2], points[order[-1]][:2])
+    width, height = (x1 - x0) or 1.0, (y0 - y1) or 1.0
+    return max(order, key=lambda i: (x1 - points[i][0]) / width + (y0 - points[i][1]) / height)

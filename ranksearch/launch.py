@@ -1,0 +1,265 @@
+"""Running a search: strategy, engine, study and tracking wired together; the public Python entry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ranksearch.config import load_space
+from ranksearch.driver import Driver, Watch, finished, task_of
+from ranksearch.engine import build_engine
+from ranksearch.engine.resources import check
+from ranksearch.errors import Problem, SpaceError, StudyError
+from ranksearch.evaluation import Bench, Evaluator, threads
+from ranksearch.preparation import Network, Notify, factorise, located, make_bench, read_network, settle, silent
+from ranksearch.pricing import unknown_formats
+from ranksearch.rankmap import RankMap
+from ranksearch.space import Space
+from ranksearch.storage import Store
+from ranksearch.strategies import Strategy, build_strategy
+from ranksearch.study import Setting, Study
+from ranksearch.table import PriceTable
+from ranksearch.trial import Outcome, Trial
+
+if TYPE_CHECKING:
+    from ranksearch.tracking import Tracker
+
+
+def search(
+    space: Space | str | Path,
+    *,
+    settings: Sequence[str] = (),
+    storage: str | Path | None = None,
+    name: str | None = None,
+    notify: Notify = silent,
+    named: Callable[[str], None] | None = None,
+    watch: Watch | None = None,
+) -> Study:
+    """Search the ranks of a network; returns the study with its trials and its front.
+
+    Args:
+        space: the search space, or its YAML file.
+        settings: changes as ``dotted.key=value``, as ``--set`` takes them.
+        storage: where studies live: a folder or a database's URL; ``RANKSEARCH_STORAGE`` or ``~/.ranksearch``.
+        name: of the study; must be new. By default the space's, numbered where it is taken.
+        notify: told what is being prepared.
+        named: told the study's name before anything is prepared.
+        watch: told of every trial that ended.
+
+    Raises:
+        RanksearchError: a mistake in the space, the network, the data or the storage; nothing is written then.
+        KeyboardInterrupt: after the study has been left in good order.
+    """
+    store = Store(storage)
+    space, base = read_space(space, settings)
+    space = located(space, base)
+    check(space.resources)
+    with ExitStack() as stack, store.explained():
+        with store.reserved(name or space.name or "search", exact=name is not None) as name:
+            if named is not None:
+                named(name)
+            with threads(_all_threads()):
+                network = read_network(space, store.cache, notify)
+                factors, failed = factorise(network, store.cache, notify)
+                setting = settle(network, factors, failed, notify)
+                choices = seed_choices(setting)
+            tracker = stack.enter_context(_tracking(space, store.folder))
+            study = store.create(name, setting)
+        with study.driving():
+            with threads(_all_threads()):
+                bench = make_bench(network, factors, setting, study.weights_folder, notify)
+            _run(study, bench, choices, tracker, notify, watch)
+    return study
+
+
+def read_space(space: Space | str | Path, settings: Sequence[str] = ()) -> tuple[Space, Path | None]:
+    """A space, or that of a YAML file with the file's folder, all of its names checked.
+
+    Raises:
+        SpaceError: naming every problem at once, unknown formats, strategies and samplers among them.
+    """
+    if not isinstance(space, Space):
+        return load_space(space, settings, _unknown_names), Path(space).resolve().parent
+    if settings:
+        raise ValueError("settings change a YAML file; give the space with its values instead")
+    if problems := _unknown_names(space):
+        raise SpaceError(space.name or "space", problems)
+    return space, None
+
+
+def _unknown_names(space: Space) -> list[Problem]:
+    problems = unknown_formats(space)
+    try:
+        _strategy(space, ())
+    except SpaceError as error:
+        problems += error.problems
+    return problems
+
+
+def resume(
+    name: str,
+    *,
+    storage: str | Path | None = None,
+    trials: int | None = None,
+    notify: Notify = silent,
+    watch: Watch | None = None,
+) -> Study:
+    """Continue a stopped or killed search; with a larger ``trials``, extend a finished one.
+
+    A finished search is left as it is; MLflow is given what it lacks.
+
+    Raises:
+        RanksearchError: no such study, or its network or data cannot be read or have changed.
+    """
+    store = Store(storage)
+    study = store.open(name)
+    with study.driving(), store.explained():
+        study.recover()
+        if trials is not None:
+            study.extend(trials)
+        bench, choices = None, []
+        if not finished(study):
+            check(study.space.resources)
+            _, bench = bench_of(study, store, notify)
+            choices = seed_choices(study.setting)
+        with _tracking(study.space, store.folder) as tracker:
+            _run(study, bench, choices, tracker, notify, watch)
+    return study
+
+
+def open_study(name: str, *, storage: str | Path | None = None) -> Study:
+    """The study of this name, to read; raises :class:`StudyError` where there is none."""
+    return Store(storage).open(name)
+
+
+def inspect(
+    space: Space | str | Path,
+    *,
+    settings: Sequence[str] = (),
+    storage: str | Path | None = None,
+    notify: Notify = silent,
+) -> Setting:
+    """What a search would start from: the layers, the candidates, the dense network's scores; no trial is run.
+
+    Only the built-in digits network is trained, where that was not done before.
+    """
+    space, base = read_space(space, settings)
+    store = Store(storage)
+    space = located(space, base)
+    with threads(_all_threads()):
+        network = read_network(space, store.cache, notify)
+        setting = settle(network, *factorise(network, store.cache, notify), notify)
+        seed_choices(setting)
+        return setting
+
+
+def bench_of(study: Study, store: Store, notify: Notify = silent) -> tuple[Network, Bench]:
+    """The bench of a study that exists: prepared again, mostly from the cache, under the study's own setting."""
+    with threads(_all_threads()):
+        network = read_network(study.space, store.cache, notify)
+        if network.record.weights_sha256 != study.setting.model.weights_sha256:
+            raise StudyError(
+                f"the network must be that of the study, the weights in {network.record.weights} have changed since. "
+                "Restore them, or search again."
+            )
+        factors, _ = factorise(network, store.cache, notify)
+        return network, make_bench(network, factors, study.setting, study.weights_folder, notify)
+
+
+def rebuild(study: Study, trial: Trial, store: Store, folder: Path, notify: Notify = silent) -> Outcome:
+    """Evaluate a trial again from its seed: the same network bit for bit, its weights kept in ``folder``."""
+    _, bench = bench_of(study, store, notify)
+    notify("building the trial again", 0, 1)
+    return Evaluator(replace(bench, weights_folder=folder))(replace(task_of(study, trial, ()), keep=True))
+
+
+def _all_threads() -> int:
+    return os.cpu_count() or 1
+
+
+def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
+    return build_strategy(space.strategy, seed=space.seed, objectives=tuple(space.objectives), seed_choices=choices)
+
+
+def seed_choices(setting: Setting) -> list[tuple[int, ...]]:
+    """The user's rank maps as choices of the price table: per layer the nearest candidate of the map's format.
+
+    Raises:
+        RankMapError: a map cannot be read.
+        SpaceError: a map names layers that are not searched.
+    """
+    found, problems = [], []
+    for i, path in enumerate(setting.space.strategy.seed_maps):
+        rank_map = RankMap.load(path)
+        strangers = [name for name in rank_map.layers if name not in setting.table.convs]
+        if strangers:
+            problems.append(
+                Problem(
+                    address=f"$.strategy.seed_maps[{i}]",
+                    rule="a seed's layers must be among the searched ones",
+                    value=", ".join(strangers[:4]),
+                    remedy="Widen layers.include, or remove the map.",
+                )
+            )
+        found.append(_nearest_choices(setting.table, rank_map))
+    if problems:
+        raise SpaceError(setting.space.name or "space", problems)
+    return found
+
+
+def _nearest_choices(table: PriceTable, rank_map: RankMap) -> tuple[int, ...]:
+    choices = []
+    for layer in table.layers:
+        wanted = rank_map.layers.get(layer.name)
+        same = [i for i, c in enumerate(layer.candidates) if wanted is not None and c.format == wanted.format]
+        if wanted is None or not same:
+            choices.append(len(layer.candidates) - 1)
+        else:
+            macs, ranks = wanted.macs, wanted.ranks
+            choices.append(
+                min(same, key=lambda i: (layer.candidates[i].ranks != ranks, abs(layer.candidates[i].macs - macs)))
+            )
+    return tuple(choices)
+
+
+def _run(
+    study: Study,
+    bench: Bench | None,
+    choices: Sequence[tuple[int, ...]],
+    tracker: Tracker | None,
+    notify: Notify,
+    watch: Watch | None,
+) -> None:
+    """Drive the engine until the budget is used up, MLflow following; without a bench only MLflow is brought on."""
+    view = None
+    if tracker is not None:
+        from ranksearch.tracking import View
+
+        view = View(study, tracker)
+    driver = Driver(study, _strategy(study.space, choices), view=view, watch=watch)
+    status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+    try:
+        if bench is not None:
+            notify("starting the workers", 0, 1)
+            build_engine(study.space.resources).run(bench, driver)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        driver.stop()
+        if view is not None:
+            view.finish(status)
+
+
+def _tracking(space: Space, folder: Path) -> AbstractContextManager[Tracker | None]:
+    """The connection to MLflow; none where the space wants none."""
+    if not space.tracking.enabled:
+        return nullcontext()
+    from ranksearch.tracking import connected
+
+    return connected(space, folder)

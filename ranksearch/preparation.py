@@ -1,0 +1,304 @@
+"""From a space to a bench: everything that is done once, before the first trial.
+
+The network and the data are read, the layers selected, the calibration statistics gathered, every layer decomposed
+at full rank, the candidates priced, and the dense network scored.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ranksearch.calibration import collect, sample_outputs
+from ranksearch.conv import Conv
+from ranksearch.data import Data, load_data, to_input
+from ranksearch.decompositions import Statistics
+from ranksearch.errors import DataError, ModelError, StudyError
+from ranksearch.evaluation import Bench, device_of, score
+from ranksearch.models import build_model, digits_weights, find_weights, load_weights
+from ranksearch.pricing import Factors, Selection, content_hash, decompose, price, select, store
+from ranksearch.rankmap import ModelRecord
+from ranksearch.space import DataSpec, Space
+from ranksearch.study import Setting
+from ranksearch.surgery import channels_last, count_macs, count_params
+from ranksearch.training import computes_bfloat16, steps_of
+
+Notify = Callable[[str, int, int], None]
+"""Called with what is being done, and how many parts of how many are done."""
+
+_PIXELS = 64
+"""Output pixels of an image at which regression targets are kept."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def located(space: Space, base: Path | None = None) -> Space:
+    """The space with its paths made absolute, so that the study can be continued from any folder.
+
+    Relative rank maps are looked for in the working directory, then in ``base`` (the space file's folder), the data as
+    :func:`located_data` does; weights in ``data.root`` first, then in ``base``, then in the working directory.
+
+    Raises:
+        ModelError: weights that cannot be found, or that are needed and not given.
+    """
+    data = located_data(space.data, base)
+    weights = space.model.weights
+    if weights is not None:
+        given = [Path(data.root)] if space.data.root and data.root else []
+        weights = str(find_weights(weights, [*given, *reversed(_folders(base))]).resolve())
+    elif ":" not in space.model.name and space.model.name != "digits-cnn":
+        raise ModelError(
+            f"$.model.weights must name the pretrained weights of {space.model.name}, found none. "
+            "Give a safetensors file or a state dict, e.g. --set model.weights=resnet20.safetensors."
+        )
+    maps = [_absolute(path, base) for path in space.strategy.seed_maps]
+    return space.model_copy(
+        update={
+            "data": data,
+            "model": space.model.model_copy(update={"weights": weights}),
+            "strategy": space.strategy.model_copy(update={"seed_maps": maps}),
+        }
+    )
+
+
+def located_data(spec: DataSpec, base: Path | None = None) -> DataSpec:
+    """The data with an absolute root: of the working directory and ``base``, the first that has the training files."""
+    files = {"npz": spec.train, "folder": spec.train or ["train"]}.get(spec.source)
+    if files is None and spec.root is None:
+        return spec
+    root = _absolute(spec.root or ".", base, holding=(files or ["."])[0])
+    return spec.model_copy(update={"root": root})
+
+
+def _folders(base: Path | None) -> list[Path]:
+    return [Path.cwd(), *([base] if base else [])]
+
+
+def _absolute(path: str, base: Path | None, holding: str = ".") -> str:
+    """``path`` under the first folder where ``holding`` is in it, else where it exists, else the working directory."""
+    places = [folder / os.path.expanduser(path) for folder in _folders(base)]
+    found = [p for p in places if (p / holding).exists()] or [p for p in places if p.exists()] or places
+    return str(found[0].resolve())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """The dense network of a space with its data."""
+
+    space: Space
+    model: nn.Module
+    data: Data
+    record: ModelRecord
+    selection: Selection
+
+    def inputs(self, images: int | None = None) -> Iterator[Tensor]:
+        """Calibration images (the first ``images``), batch by batch, as network inputs."""
+        chosen = self.data.calibration[:images]
+        size = self.space.evaluation.batch_images
+        for start in range(0, len(chosen), size):
+            yield to_input(chosen[start : start + size], self.data, device_of(self.space))
+
+
+def read_network(space: Space, cache: Path, notify: Notify = silent) -> Network:
+    """Read data and network, and select the layers.
+
+    Raises:
+        DataError, ModelError, SpaceError: as reading and selecting them do.
+    """
+    weights = Path(space.model.weights) if space.model.weights else None
+    model = build_model(space.model, weights=weights)  # before the images, which may take long to decode
+    data = load_data(
+        space.data, cache=cache, seed=space.seed, progress=lambda done, total: notify("reading images", done, total)
+    )
+    if space.model.name == "digits-cnn" and weights is None:
+        weights = digits_weights(
+            cache, data, progress=lambda done, total: notify("training the digits network", done, total)
+        )
+        load_weights(model, weights)
+    record = ModelRecord(
+        name=space.model.name,
+        options=space.model.options,
+        input_shape=data.input_shape,
+        weights=str(weights) if weights else None,
+        weights_sha256=weights_hash(model),
+    )
+    selection = select(space, model, data.input_shape)
+    check_classes(model, data)
+    model = channels_last(model.to(device_of(space)))
+    return Network(space=space, model=model, data=data, record=record, selection=selection)
+
+
+@torch.no_grad()
+def check_classes(model: nn.Module, data: Data) -> None:
+    """Check that the network, in evaluation mode, has an output for every class of the data.
+
+    Raises:
+        ModelError: its output is not a tensor.
+        DataError: it has too few outputs.
+    """
+    outputs: Any = model(to_input(data.report.images[:1], data, next(model.parameters()).device))
+    if not isinstance(outputs, Tensor):
+        raise ModelError(
+            f"the network must return one tensor of logits (images, classes), found {type(outputs).__name__}. "
+            "Wrap it in a module whose forward returns the logits alone, in a factory package.module:function."
+        )
+    if outputs.ndim != 2 or outputs.shape[1] < data.classes:
+        raise DataError(
+            f"labels must lie among the network's outputs, found {data.classes} classes for outputs of shape "
+            f"{tuple(outputs.shape)}. Correct the labels, or model.options (num_classes)."
+        )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of a network's state: names, shapes and values; counters of batches seen are left out."""
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    return content_hash(state.values(), " ".join(state))
+
+
+def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, notify: Notify) -> dict[str, Statistics]:
+    """Statistics of the named layers on the calibration images, from the cache where they are there."""
+    images = torch.tensor(network.data.calibration)  # copied: torch warns of images that are mapped read-only
+    text = f"{network.record.weights_sha256} {sorted(convs.items())} {network.data.mean} {network.data.std}"
+    # Equal weights may stand in another forward pass: the outputs tell.
+    with torch.no_grad():
+        outputs = network.model(next(network.inputs()))
+    path = cache / "statistics" / f"{content_hash([images, outputs], text)}.safetensors"
+    fields = tuple(Statistics.__dataclass_fields__)
+    device = device_of(network.space)
+    if path.exists():
+        try:
+            flat = load_file(path, device=str(device))
+            return {name: Statistics(**{f: flat[f"{name}/{f}"] for f in fields}) for name in convs}
+        except (SafetensorError, OSError, KeyError):
+            path.unlink(missing_ok=True)
+    total = len(network.data.calibration)
+
+    def told() -> Iterator[Tensor]:
+        done = 0
+        for batch in network.inputs():
+            notify("collecting statistics", done, total)
+            done += len(batch)
+            yield batch
+
+    found = collect(network.model, convs, told())
+    store({f"{name}/{f}": getattr(s, f) for name, s in found.items() for f in fields}, path)
+    return found
+
+
+def factorise(network: Network, cache: Path, notify: Notify = silent) -> tuple[Factors, dict[str, str]]:
+    """The prepared factors of every layer, and the layers that could not be decomposed with the reason."""
+    statistics = statistics_of(network, network.selection.convs(), cache, notify)
+    return decompose(
+        network.space,
+        network.selection,
+        network.model,
+        statistics,
+        cache=cache,
+        progress=lambda done, total: notify("decomposing layers", done, total),
+    )
+
+
+def settle(network: Network, factors: Factors, failed: Mapping[str, str], notify: Notify = silent) -> Setting:
+    """Price the candidates and score the dense network: the setting of a new search.
+
+    Raises:
+        BudgetError, SpaceError: no candidate meets the budget, or no layer has one.
+    """
+    space, selection = network.space, network.selection
+    table, dear = price(space, selection, factors)
+    notify("scoring the dense network", 0, 1)
+    device, batch = device_of(space), space.evaluation.batch_images
+    search = score(network.model, network.data.search, network.data, batch_images=batch, device=device)
+    report = score(network.model, network.data.report, network.data, batch_images=batch, device=device)
+    return Setting(
+        space=space,
+        table=table,
+        model=network.record,
+        data_digest=network.data.digest,
+        dense={
+            "accuracy": report.accuracy,
+            "accuracy_search": search.accuracy,
+            "loss": search.loss,
+            "macs": count_macs(network.model, network.data.input_shape),
+            "params": count_params(network.model),
+        },
+        left_dense={**selection.dense, **failed, **dear},
+        classes=network.data.classes,
+        dtype=_fine_tuning_dtype(network),
+        versions=versions(),
+    )
+
+
+def _fine_tuning_dtype(network: Network) -> str:
+    """Settled once a search by the hardware: a stopwatch might answer differently for the next trial."""
+    spec = network.space.evaluation.fine_tune
+    if not steps_of(spec, len(network.data.train)) or spec.dtype != "auto":
+        return "float32" if spec.dtype == "auto" else spec.dtype
+    return "bfloat16" if computes_bfloat16(device_of(network.space)) else "float32"
+
+
+def versions() -> dict[str, str]:
+    """What the result depends on: packages, Python, processor."""
+    packages = ("torch", "numpy", "optuna", "ray", "mlflow", "tensorly", "ranksearch")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {**found, "python": platform.python_version(), "platform": platform.platform(), "cores": str(os.cpu_count())}
+
+
+@torch.no_grad()
+def make_bench(network: Network, factors: Factors, setting: Setting, weights_folder: Path, notify: Notify) -> Bench:
+    """The bench of a search: what every evaluation needs, as arrays."""
+    space, evaluation = setting.space, setting.space.evaluation
+    if network.data.digest != setting.data_digest:
+        raise StudyError(
+            f"the data must be those of the study, the images of {space.data.root or space.data.source} have changed "
+            "since. Restore them, or search again."
+        )
+    missing = [n for n, layer in setting.table.picked(setting.table.dense).items() if n not in network.selection.layers]
+    if missing:
+        raise StudyError(f"the network no longer has the layers {', '.join(missing[:3])} of the study. Search again.")
+    notify("gathering the dense network's outputs", 0, 1)
+    samples = {}
+    if evaluation.refit:
+        found = sample_outputs(
+            network.model, setting.table.convs, network.inputs(evaluation.refit_images), pixels=_PIXELS, seed=space.seed
+        )
+        samples = {name: (s.pixels.cpu().numpy(), s.outputs.cpu().numpy()) for name, s in found.items()}
+    select_images = network.data.calibration[-evaluation.select_images :]
+    size = evaluation.batch_images
+    logits = [
+        network.model(to_input(select_images[i : i + size], network.data, device_of(space))).float()
+        for i in range(0, len(select_images), size)
+    ]
+    state = {key: value.cpu().numpy() for key, value in network.model.state_dict().items()}
+    if device_of(space).type == "cuda":  # the workers need the memory
+        network.model.cpu()
+        torch.cuda.empty_cache()
+    return Bench(
+        space=space,
+        data=network.data,
+        table=setting.table,
+        dense=setting.dense,
+        state=state,
+        factors={key: {k: v.cpu().numpy() for k, v in tensors.items()} for key, tensors in factors.items()},
+        samples=samples,
+        logits=torch.cat(logits).cpu().numpy(),
+        dtype=setting.dtype,
+        weights_folder=weights_folder,
+    )

@@ -1,0 +1,252 @@
+"""The search space: a YAML file as frozen, validated data.
+
+Every field carries its own description; the JSON Schema for editors is generated from them. This module checks what
+can be checked without the network and the data (types, ranges, unknown keys); ``search`` checks the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A mapping of a space file: frozen, with no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelSpec(Section):
+    """The pretrained network."""
+
+    name: str
+    """A built-in architecture (``resnet20``, ``resnet18``, ...) or a factory as ``package.module:function``."""
+    weights: str | None = None
+    """File of the pretrained weights (safetensors, or a ``torch.save`` state dict). A relative path is looked for in
+    ``data.root``, then beside the space file, then in the working directory. Only the built-in ``digits-cnn``, which
+    is trained on first use, and your own factories may leave it out."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the architecture, such as ``num_classes``."""
+
+
+class AugmentSpec(Section):
+    """Random changes of the images that fine-tuning sees."""
+
+    flip: bool = False
+    """Mirror left to right, half of the time."""
+    crop_px: Annotated[int, Field(ge=0)] = 0
+    """Pad by so many pixels and crop back at random."""
+
+
+class DataSpec(Section):
+    """Images with labels, in three disjoint splits: calibration and fine-tuning, search-validation, report."""
+
+    source: str = "digits"
+    """``digits`` (embedded), ``npz``, ``folder`` (one sub-folder a class), or a factory ``package.module:function``."""
+    root: str | None = None
+    """Folder of the data. ``${NAME}`` is replaced by that environment variable."""
+    train: list[str] = []
+    """``.npz`` files, or sub-folders, with the calibration and fine-tuning images, under ``root``."""
+    validation: list[str] = []
+    """``.npz`` files, or sub-folders, with the images for search-validation and report, under ``root``."""
+    train_images: Positive | None = None
+    """How many training images to use at most; all by default."""
+    calibration_images: Positive = 2048
+    """How many of the training images collect statistics, the first ones; regression, recalibration and the choice
+    between kinds of factors take some of these."""
+    search_images: Positive | None = None
+    """How many validation images score trials: the first ones; half of them by default."""
+    report_images: Positive | None = None
+    """How many validation images score the front: those after the search images; the rest by default."""
+    image_size_px: Positive | None = None
+    """Height and width images of a folder are brought to: resized to 8/7 of it, then cropped at the centre."""
+    mean: list[float] = [0.0]
+    """Mean of each channel, on the scale 0 to 1, subtracted from the images."""
+    std: list[Annotated[float, Field(gt=0)]] = [1.0]
+    """Standard deviation of each channel, on the scale 0 to 1, that images are divided by."""
+    augment: AugmentSpec = AugmentSpec()
+    options: dict[str, Any] = {}
+    """Keyword arguments of a factory."""
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> DataSpec:
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean and std must have one value a channel each, found {len(self.mean)} and {len(self.std)}"
+            )
+        return self
+
+
+class LayersSpec(Section):
+    """Which layers are searched. Patterns are shell patterns on module names, such as ``layer1.*.conv2``."""
+
+    include: list[str] = []
+    """Layers to search. Empty: every convolution and linear layer but the first convolution (the stem) and the last
+    linear layer (the classifier)."""
+    exclude: list[str] = []
+    """Layers left dense."""
+    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.002
+    """Layers with a smaller share of the network's MACs stay dense, unless ``include`` is given."""
+
+
+class PinnedSpec(Section):
+    """A format and ranks a layer is fixed to."""
+
+    format: str
+    ranks: list[Positive]
+
+
+class RanksSpec(Section):
+    """Which ranks are candidates."""
+
+    ratios: Annotated[list[Ratio], Field(min_length=1)] = [
+        0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0,
+    ]  # fmt: skip
+    """Candidate ranks, as shares of the largest rank of the layer."""
+    values: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """Candidate ranks as numbers, instead of ``ratios``; larger than a layer's largest rank means that one."""
+    joint: bool = False
+    """One ratio for all the ranks of a layer; else every combination that no other beats in both MACs and error."""
+    rank_multiple: Positive = 1
+    """Ranks are rounded up to a multiple of this (8 on many GPUs)."""
+
+
+class BudgetSpec(Section):
+    """What a search may use, and the limits that its result has to keep."""
+
+    trials: Positive = 60
+    """How many proposals to try; retries after an interruption are not counted."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall time after which no new trial starts."""
+    max_macs_ratio: Ratio | None = None
+    """Trials with more MACs than this share of the dense network's are infeasible."""
+    max_drop: Annotated[float, Field(ge=0)] | None = None
+    """Trials that lose more accuracy than this, in percentage points on the search images, are infeasible."""
+
+
+class StrategySpec(Section):
+    """How proposals are made."""
+
+    name: str = "optuna"
+    """A strategy: ``uniform``, ``energy``, ``random``, ``optuna``."""
+    sampler: str = "nsga2"
+    """Optuna's sampler: ``nsga2``, ``nsga3``, ``tpe``, ``gp``, ``qmc``, ``random``, or a class as
+    ``package.module:Class``."""
+    seeds: list[str] = ["uniform", "energy"]
+    """Strategies whose points are tried first."""
+    seed_points: Annotated[int, Field(ge=0)] = 16
+    """How many points each of them gives."""
+    seed_maps: list[str] = []
+    """Rank maps of your own (JSON files) to try first."""
+    batch: Positive = 4
+    """How many proposals are made before their outcomes are looked at, when ``deterministic``."""
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the strategy or of Optuna's sampler."""
+
+
+class FineTuneSpec(Section):
+    """A brief training of the compressed network: SGD with momentum, one cosine cycle with a linear warm-up."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps; 0 trains nothing."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training images, instead of ``steps``."""
+    batch_images: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Largest learning rate of the cycle."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    distill: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Weight of the divergence from the dense network's outputs; the rest weighs the labels."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Softening of both outputs in the divergence."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of training; ``auto`` takes bfloat16 on devices that multiply in it, float32 elsewhere."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> FineTuneSpec:
+        if self.steps and self.epochs:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class EvaluationSpec(Section):
+    """How a proposal becomes a network and a score."""
+
+    factors: Literal["auto", "weight-only", "activation-aware"] = "auto"
+    """Kind of factors; ``auto`` takes per candidate the kind nearer to the dense network's outputs."""
+    recalibrate: Literal["auto", "always", "never"] = "auto"
+    """Whether batch-norm statistics are collected afresh; ``auto`` decides per candidate, likewise."""
+    refit: bool = True
+    """Sequential regression: going forward once, each layer is refitted on the dense network's outputs."""
+    refit_images: Positive = 512
+    """Calibration images that the regression uses, all in one pass: they bound the memory it takes."""
+    select_images: Positive = 512
+    """Calibration images on which divergences from the dense network are measured."""
+    fine_tune: FineTuneSpec = FineTuneSpec()
+    batch_images: Positive = 128
+    """Images scored at a time; small batches stay in a processor's cache."""
+
+
+class ResourcesSpec(Section):
+    """Where trials run."""
+
+    engine: Literal["local", "ray"] = "local"
+    """``local``: in this process, one trial after the other. ``ray``: in parallel on Ray workers."""
+    workers: Positive | None = None
+    """Trials at once on Ray; as many as fit by default."""
+    cpus_per_trial: Positive = 1
+    """CPU threads of a trial. Results depend on it in the last bits, so it does not follow the machine."""
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
+    """Share of a GPU that a trial takes; 0 runs on the CPU."""
+    address: str = "local"
+    """Ray cluster to run on; ``local`` starts one on this machine."""
+
+
+class TrackingSpec(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = None
+    """A tracking server or database; a SQLite file beside the studies by default."""
+    experiment: str = "ranksearch"
+
+
+class Space(Section):
+    """A search: what to compress, how, by how much, and with what."""
+
+    name: str | None = None
+    """Name of the study; that of the file by default."""
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    layers: LayersSpec = LayersSpec()
+    fix: dict[str, Literal["dense"] | PinnedSpec] = {}
+    """Layers pinned to a choice: pattern to ``dense`` or ``{format: ..., ranks: [...]}``."""
+    formats: Annotated[list[str], Field(min_length=1)] = ["tucker2", "svd"]
+    """Formats a layer may take; dense is always among the choices."""
+    ranks: RanksSpec = RanksSpec()
+    objectives: Annotated[list[Literal["accuracy", "loss", "macs", "params"]], Field(min_length=2)] = [
+        "accuracy",
+        "macs",
+    ]
+    """What makes the front; the accuracy and loss are those on the search-validation images."""
+    budget: BudgetSpec = BudgetSpec()
+    strategy: StrategySpec = StrategySpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    seed: Annotated[int, Field(ge=0)] = 0
+    deterministic: bool = True
+    """Proposals in synchronous batches: the same seed gives the same trials with any number of workers."""
+
+    @model_validator(mode="after")
+    def _objectives_differ(self) -> Space:
+        if len(set(self.objectives)) != len(self.objectives):
+            raise ValueError(f"objectives must differ, found {self.objectives}")
+        if not {"accuracy", "loss"} & set(self.objectives) or not {"macs", "params"} & set(self.objectives):
+            raise ValueError("objectives must hold a quality (accuracy or loss) and a cost (macs or params)")
+        return self

@@ -1,0 +1,291 @@
+"""Where studies live: a folder with one Optuna journal a study, or a database that Optuna knows."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.study import StudyDirection
+
+from ranksearch.errors import StudyError
+from ranksearch.study import Setting, Study, lock_folder
+from ranksearch.trial import MAXIMISED
+
+
+class Store:
+    """Where studies live: a folder, and by default one Optuna journal a study in it.
+
+    Args:
+        uri: a folder, or the URL of a database that Optuna knows (``postgresql://...``, ``sqlite:///...``), whose
+            files (weights, caches) then go to the default folder. Default: ``RANKSEARCH_STORAGE``, else
+            ``~/.ranksearch``.
+    """
+
+    def __init__(self, uri: str | Path | None = None) -> None:
+        uri = str(uri or os.environ.get("RANKSEARCH_STORAGE") or Path.home() / ".ranksearch")
+        self.url = uri if "://" in uri else None
+        self.folder = (Path.home() / ".ranksearch" if self.url else Path(uri)).expanduser().resolve()
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what can be computed again."""
+        return self.folder / "cache"
+
+    def folder_of(self, name: str) -> Path:
+        """Folder of a study's files.
+
+        Raises:
+            StudyError: the name is not fit for a folder.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise StudyError(
+                f"the name of a study must be 1 to 100 letters, digits, '.', '_' or '-', found {name!r}. "
+                "Choose another."
+            )
+        return self.folder / "studies" / name
+
+    def names(self) -> list[str]:
+        """Names of the studies that are here."""
+        if self.url:
+            return sorted(optuna.get_all_study_names(self._storage(self.folder)))
+        return sorted(path.parent.name for path in self.folder.glob("studies/*/journal.log"))
+
+    @contextmanager
+    def reserved(self, name: str, *, exact: bool) -> Iterator[str]:
+        """Hold a name that no study has, for the study that the block creates; a block that fails gives it back.
+
+        Args:
+            name: the name, or unless ``exact`` the first of ``name``, ``name-2``, ``name-3``, ... that is free.
+            exact: whether no other name will do.
+
+        Raises:
+            StudyError: the name is taken, or not fit for a folder, or the folder cannot be written.
+        """
+        known = set() if exact else set(self.names())
+        numbered = (name if i == 1 else f"{name}-{i}" for i in count(1))
+        for chosen in (one for one in numbered if one not in known):
+            try:
+                lock = self._reserve(chosen)
+                break
+            except _TakenError as error:
+                if exact:
+                    raise StudyError(str(error)) from error
+        with lock:  # given back by the system where the process is killed
+            try:
+                yield chosen
+            except BaseException:
+                with suppress(StudyError):
+                    if chosen not in self.names():
+                        _give_back(self.folder_of(chosen))
+                raise
+
+    def _reserve(self, name: str) -> IO[str]:
+        """The lock of the folder of a study to be."""
+        folder, gone = self.folder_of(name), None
+        for _ in range(100):
+            if name in self.names():
+                raise _TakenError(self._taken(name))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(folder)
+            except BlockingIOError as error:
+                raise _TakenError(
+                    f"a new study must have a new name, {name!r} is being prepared by process {error}. "
+                    "Give another name with --study."
+                ) from error
+            except FileNotFoundError as error:
+                gone = error  # another process may have just given the name back
+                continue
+            except OSError as error:
+                _give_back(folder)
+                raise self._unwritten(name, error) from error
+            # Between the look and the lock the name may have been used, or given back together with the folder.
+            if name not in self.names() and _is_still_at(lock, folder / "driver.lock"):
+                return lock
+            lock.close()
+        raise self._unwritten(name, gone or FileNotFoundError("the folder comes and goes"))
+
+    def create(self, name: str, setting: Setting) -> Study:
+        """A new study; raises :class:`StudyError` where there is one of this name, or it cannot be written.
+
+        A study is there as a whole or not at all, whenever the process is killed.
+        """
+        folder, uid = self.folder_of(name), uuid.uuid4().hex
+        if name in self.names():
+            raise StudyError(self._taken(name))
+        fresh = not folder.exists()
+        part, journal = folder / "journal.part", folder / "journal.log"
+        try:
+            (folder / "weights").mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)
+            storage = self._storage(part)
+            with self.explained():
+                study_id = _fill(storage, name, uid, setting)
+            if not self.url:
+                part.rename(journal)
+                storage = self._storage(journal)
+        except OSError as error:
+            part.unlink(missing_ok=True) if not fresh else shutil.rmtree(folder, ignore_errors=True)
+            raise self._unwritten(name, error) from error
+        return Study(name, folder, storage, study_id, setting, uid)
+
+    def open(self, name: str) -> Study:
+        """The study of this name.
+
+        Raises:
+            StudyError: there is none, or it cannot be read.
+        """
+        folder = self.folder_of(name)
+        if name not in self.names():
+            known = ", ".join(self.names()) or "none"
+            raise StudyError(
+                f"there must be a study {name!r} in {self._place}, found: {known}. Check the name, or give --storage."
+            )
+        try:
+            if not self.url:
+                _mend(folder / "journal.log")
+            storage = self._storage(folder / "journal.log")
+            study_id = storage.get_study_id_from_name(name)
+            attrs = storage.get_study_user_attrs(study_id)
+            setting, uid = Setting.from_json(json.loads(attrs["ranksearch"])), str(attrs["uid"])
+        except (LookupError, ValueError, TypeError, AttributeError, OSError, AssertionError) as error:
+            raise StudyError(
+                f"the study {name} in {self._place} cannot be read ({type(error).__name__}: {error}). "
+                "It is damaged, or not one of ranksearch's: restore it from a copy, or search again."
+            ) from error
+        return Study(name, folder, storage, study_id, setting, uid)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What Optuna's storages raise, as a :class:`StudyError`."""
+        try:
+            yield
+        except DuplicatedStudyError as error:
+            raise StudyError(
+                f"a new study must have a new name, another process has just made one of this name in {self._place}. "
+                "Give another name with --study."
+            ) from error
+        except StorageInternalError as error:
+            cause = error.__cause__ or error
+            raise StudyError(
+                f"the storage {self._place} cannot be used: {str(cause).splitlines()[0]}. Check that it is up and has "
+                "space left; a search that it stopped can be resumed."
+            ) from error
+
+    @property
+    def _place(self) -> str:
+        return _redacted(self.url) if self.url else str(self.folder)
+
+    def _taken(self, name: str) -> str:
+        return (
+            f"a new study must have a new name, {name!r} exists in {self._place}. "
+            f"Continue it with `ranksearch resume {name}`, or give another name with --study."
+        )
+
+    def _unwritten(self, name: str, error: OSError) -> StudyError:
+        return StudyError(f"cannot write the study {name} in {self.folder_of(name)}: {error}. Check the space left.")
+
+    def _storage(self, journal: Path) -> BaseStorage:
+        """The database, or else the journal."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            try:
+                if self.url:
+                    return RDBStorage(self.url)
+                return JournalStorage(JournalFileBackend(str(journal), lock_obj=_FileLock(journal)))
+            except OSError as error:
+                raise StudyError(f"cannot open the study's storage {journal}: {error}. Check the folder.") from error
+            except Exception as error:  # whatever a database driver raises
+                if self.url is None:
+                    raise
+                reason = str(error).splitlines()[0]
+                raise StudyError(f"cannot reach the storage {self._place}: {reason}. Check --storage.") from error
+
+
+class _TakenError(Exception):
+    """A name that another study has, or is about to have."""
+
+
+def _fill(storage: BaseStorage, name: str, uid: str, setting: Setting) -> int:
+    """Make the study in its storage; returns its number there."""
+    objectives = setting.space.objectives
+    directions = [StudyDirection.MAXIMIZE if o in MAXIMISED else StudyDirection.MINIMIZE for o in objectives]
+    study_id = storage.create_new_study(directions, name)
+    storage.set_study_system_attr(study_id, "study:metric_names", list(objectives))
+    storage.set_study_user_attr(study_id, "uid", uid)
+    storage.set_study_user_attr(study_id, "ranksearch", json.dumps(setting.to_json()))
+    return study_id
+
+
+def _give_back(folder: Path) -> None:
+    """Remove the folder of a study that was not made, but for what is not the study's."""
+    with suppress(OSError):
+        for name in ("journal.part", "journal.lock", "driver.lock"):
+            (folder / name).unlink(missing_ok=True)
+        if (folder / "weights").exists():
+            (folder / "weights").rmdir()
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
+def _is_still_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is the one of this path, which may have been removed since."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
+
+
+class _FileLock(BaseJournalFileLock):
+    """A lock that the system takes back when its holder dies, so that a killed driver blocks nobody."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_suffix(".lock")
+        self._file: Any = None
+
+    def acquire(self) -> bool:
+        self._file = self._path.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _mend(journal: Path) -> None:
+    """Cut off a last line that a full disk or a kill left half-written: what follows it would be unreadable."""
+    if _ends_whole(journal):
+        return
+    lock = _FileLock(journal)
+    lock.acquire()  # a driver that lives may be in the middle of the line
+    try:
+        if not _ends_whole(journal):
+            with journal.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _ends_whole(journal: Path) -> bool:
+    with journal.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")
+
+
+def _redacted(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//***@", url)

@@ -1,0 +1,150 @@
+"""Strategies: arithmetic on the price table and the trials so far, which says what to try next.
+
+To add one, write a frozen dataclass with ``propose`` in a file of this folder, whose answer depends on nothing but its
+own fields and the arguments, and which never proposes choices that a trial had before. Add a function that makes it
+from the space's ``strategy`` section to ``STRATEGIES``. Add it to the table in
+``tests/conformance/test_strategies.py``, which then tests everything a strategy must keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Protocol
+
+from ranksearch.errors import Problem, SpaceError
+from ranksearch.space import StrategySpec
+from ranksearch.strategies.energy import Energy
+from ranksearch.strategies.history import proposals_made, tried
+from ranksearch.strategies.random import Random
+from ranksearch.strategies.uniform import Uniform
+from ranksearch.table import PriceTable
+from ranksearch.trial import Proposal, Signal, Trial
+
+__all__ = ["STRATEGIES", "USER", "Strategy", "build_strategy"]
+
+USER = "user"
+"""Origin of the proposals that are the user's own rank maps."""
+
+
+class Strategy(Protocol):
+    """What to try next."""
+
+    def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
+        """The next rank map to try, WAIT (for a running trial) or DONE.
+
+        Args:
+            table: the candidates of every searched layer.
+            trials: every trial so far, running and failed ones too, in order of their numbers.
+        """
+        ...
+
+
+Maker = Callable[[StrategySpec, int, tuple[str, ...]], Strategy]
+"""Makes a strategy from the space's section, the seed and the objectives; raises SpaceError."""
+
+
+def _uniform(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+    _refuse_options(spec)
+    return Uniform()
+
+
+def _energy(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+    _refuse_options(spec)
+    return Energy()
+
+
+def _random(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+    _refuse_options(spec)
+    return Random(seed=seed)
+
+
+def _optuna(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+    # Optuna is imported only by searches that use it.
+    from ranksearch.strategies.optuna import Optuna
+    from ranksearch.strategies.samplers import DEFAULTS, check_options, find_sampler
+
+    sampler = find_sampler(spec.sampler)
+    if isinstance(sampler, Problem):
+        raise SpaceError("space", [sampler])
+    if problems := check_options(sampler, spec.options):
+        raise SpaceError("space", problems)
+    options = DEFAULTS.get(spec.sampler, {}) | spec.options
+    return Optuna(sampler=sampler, options=options, seed=seed, objectives=objectives)
+
+
+STRATEGIES: dict[str, Maker] = {"uniform": _uniform, "energy": _energy, "random": _random, "optuna": _optuna}
+"""The strategies by their names in a space file."""
+
+_SEEDED = frozenset({"optuna"})
+"""Strategies that learn from other strategies' points, which are therefore tried first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seeded:
+    """The user's rank maps first, then some points of each seed, then the main strategy's."""
+
+    user: tuple[tuple[int, ...], ...]
+    seeds: tuple[tuple[str, Strategy], ...]
+    seed_points: int
+    main: Strategy
+
+    def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
+        known = tried(trials)
+        for choices in self.user:
+            if choices not in known:
+                return Proposal(choices=choices, origin=USER)
+        for name, strategy in self.seeds:
+            if proposals_made(trials, name) < self.seed_points:
+                proposal = strategy.propose(table, trials)
+                if isinstance(proposal, Proposal):
+                    return proposal
+        return self.main.propose(table, trials)
+
+
+def build_strategy(
+    spec: StrategySpec, *, seed: int, objectives: tuple[str, ...], seed_choices: Sequence[tuple[int, ...]] = ()
+) -> Strategy:
+    """The strategy of a space file: it never proposes the same rank map twice.
+
+    Args:
+        spec: the space's ``strategy`` section.
+        seed: the search's seed.
+        objectives: names of the trials' values, in their order.
+        seed_choices: the user's own rank maps as indices of the table's candidates; they are tried first.
+
+    Raises:
+        SpaceError: an unknown strategy or sampler, or options that it does not take.
+    """
+    named = {"$.strategy.name": spec.name} | {f"$.strategy.seeds[{i}]": name for i, name in enumerate(spec.seeds)}
+    problems = [_unknown(address, name) for address, name in named.items() if name not in STRATEGIES]
+    plain = spec.model_copy(update={"options": {}})
+    try:
+        # An unknown strategy may have been meant to be Optuna's: its sampler is checked too, to tell all at once.
+        main = STRATEGIES[spec.name](spec, seed, objectives) if spec.name in STRATEGIES else _optuna(plain, seed, ())
+    except SpaceError as error:
+        problems += error.problems
+    if problems:
+        raise SpaceError("space", problems)
+    names = [name for name in dict.fromkeys(spec.seeds) if spec.name in _SEEDED and name != spec.name]
+    return _Seeded(
+        user=tuple(dict.fromkeys(tuple(choices) for choices in seed_choices)),
+        seeds=tuple((name, STRATEGIES[name](plain, seed, objectives)) for name in names),
+        seed_points=spec.seed_points,
+        main=main,
+    )
+
+
+def _unknown(address: str, name: str) -> Problem:
+    near = get_close_matches(name, STRATEGIES, n=1)
+    remedy = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(STRATEGIES)}."
+    return Problem(address=address, rule="a strategy must be known", value=repr(name), remedy=remedy)
+
+
+def _refuse_options(spec: StrategySpec) -> None:
+    if spec.options:
+        rule, value = f"the strategy `{spec.name}` takes no options", repr(spec.options)
+        raise SpaceError(
+            "space", [Problem(address="$.strategy.options", rule=rule, value=value, remedy="Remove them.")]
+        )

@@ -1,0 +1,405 @@
+"""The study: the one record of a search's trials, in Optuna's durable storage, and what can be read from it.
+
+Only the driver writes. A trial is created RUNNING with its proposal and finished with its outcome or its reason, so a
+driver killed at any moment loses at most what ran; :meth:`Study.recover` mends that at the next start.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ranksearch.config import parse_space
+from ranksearch.errors import StudyError
+from ranksearch.front import hypervolume, non_dominated
+from ranksearch.rankmap import ModelRecord, RankMap
+from ranksearch.space import Space
+from ranksearch.table import PriceTable
+from ranksearch.trial import MAXIMISED, Failure, Outcome, Proposal, Trial, constraints, minimised, objective_values
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logging.getLogger("optuna").setLevel(logging.WARNING)
+
+INTERRUPTED = "interrupted: the driver ended before the trial did"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a search settled before its first trial; kept with the study, so that nothing else is needed to read it."""
+
+    space: Space
+    table: PriceTable
+    model: ModelRecord
+    dense: Mapping[str, float]
+    """Of the dense network: ``accuracy`` (report images), ``accuracy_search``, ``loss``, ``macs``, ``params``."""
+    left_dense: Mapping[str, str]
+    """Layer to the reason why it is not searched."""
+    classes: int
+    data_digest: str
+    """Hash of the images and labels; a study is continued on the same ones only."""
+    dtype: str
+    """Arithmetic of fine-tuning."""
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; ``from_json`` reads it back."""
+        return {
+            "space": self.space.model_dump(mode="json"),
+            "table": self.table.to_json(),
+            "model": self.model.model_dump(mode="json"),
+            "dense": dict(self.dense),
+            "left_dense": dict(self.left_dense),
+            "classes": self.classes,
+            "data_digest": self.data_digest,
+            "dtype": self.dtype,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Setting:
+        """The setting written by ``to_json``."""
+        return cls(
+            space=parse_space(data["space"], "the study's space"),
+            table=PriceTable.from_json(data["table"]),
+            model=ModelRecord.model_validate(data["model"]),
+            **{key: data[key] for key in ("dense", "left_dense", "classes", "data_digest", "dtype", "versions")},
+        )
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Take the right to write a study, held until the file that is returned is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process has it; the message names that.
+    """
+    file = (folder / "driver.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise BlockingIOError(holder) from error
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+class Study:
+    """One search: its setting, its trials and its front."""
+
+    def __init__(
+        self, name: str, folder: Path, storage: BaseStorage, study_id: int, setting: Setting, uid: str
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.setting = setting
+        self.uid = uid
+        """Tells studies of one name apart, wherever their folders are moved."""
+        self._storage = storage
+        self._study_id = study_id
+        self._ids: dict[int, int] = {}
+
+    @property
+    def space(self) -> Space:
+        """The search space."""
+        return self.setting.space
+
+    @property
+    def weights_folder(self) -> Path:
+        """Folder of the weights of the trials on the front."""
+        return self.folder / "weights"
+
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """Hold the right to write: one driver a study; raises :class:`StudyError` where another one holds it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = lock_folder(self.folder)
+        except BlockingIOError as error:
+            raise StudyError(
+                f"a study must have one driver at a time, {self.name} is driven by process {error}. "
+                "Wait for it, or stop it."
+            ) from error
+        with file:
+            yield
+
+    # Writing: the driver only.
+
+    def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
+        """Record a proposal as a RUNNING trial."""
+        table = self.setting.table
+        params = {layer.name: i for layer, i in zip(table.layers, proposal.choices, strict=True)}
+        distributions: dict[str, Any] = {
+            layer.name: optuna.distributions.IntDistribution(0, len(layer.candidates) - 1) for layer in table.layers
+        }
+        attrs = {"index": index, "attempt": attempt, "origin": proposal.origin, "note": proposal.note}
+        template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
+        trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
+        number = self._storage.get_trial_number_from_id(trial_id)
+        self._ids[number] = trial_id
+        return Trial(
+            number=number,
+            index=index,
+            attempt=attempt,
+            proposal=proposal,
+            state="RUNNING",
+            start_ms=_ms(template.datetime_start),
+        )
+
+    def finish(self, trial: Trial, result: Outcome | Failure) -> Trial:
+        """Record what came of a RUNNING trial."""
+        trial_id = self._ids[trial.number]
+        if isinstance(result, Failure):
+            retry = result.interrupted and trial.attempt == 0
+            self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
+            self._storage.set_trial_user_attr(trial_id, "retry", retry)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+            return replace(trial, state="FAIL", reason=result.reason, retry=retry, end_ms=_now_ms())
+        self._storage.set_trial_user_attr(trial_id, "outcome", result.to_json())
+        return self._complete(trial, trial_id, result)
+
+    def _complete(self, trial: Trial, trial_id: int, outcome: Outcome) -> Trial:
+        limits = self.constraints(outcome)
+        for key, value in limits.items():
+            self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", value)
+        values = objective_values(outcome, tuple(self.space.objectives))
+        self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, values)
+        return replace(
+            trial, state="COMPLETE", values=values, constraints=_by_name(limits), outcome=outcome, end_ms=_now_ms()
+        )
+
+    def recover(self, reason: str = INTERRUPTED) -> list[Trial]:
+        """End the trials that a killed or stopped driver left RUNNING; returns them.
+
+        Those whose outcome was recorded are complete; the others fail for ``reason``, and are to be tried once more.
+        """
+        ended = []
+        for trial in self.trials():
+            if trial.state == "RUNNING":
+                frozen = self._storage.get_trial(self._ids[trial.number])
+                outcome = frozen.user_attrs.get("outcome")
+                if outcome is not None:
+                    ended.append(self._complete(trial, self._ids[trial.number], Outcome.from_json(outcome)))
+                else:
+                    ended.append(self.finish(trial, Failure(reason=reason, interrupted=True)))
+        return ended
+
+    def extend(self, trials: int) -> None:
+        """Change how many proposals the search may try, to no fewer than it has; :class:`StudyError` below one."""
+        if trials < 1:
+            raise StudyError(f"a search must try at least one proposal, found {trials} trials. Ask for more.")
+        made = 1 + max((trial.index for trial in self.trials()), default=-1)
+        budget = self.space.budget.model_copy(update={"trials": max(trials, made)})
+        changed = {**self.setting.__dict__, "space": self.space.model_copy(update={"budget": budget})}
+        self.setting = Setting(**changed)
+        self._storage.set_study_user_attr(self._study_id, "ranksearch", json.dumps(self.setting.to_json()))
+
+    # Reading.
+
+    def constraints(self, outcome: Outcome) -> dict[str, float]:
+        """The budget's limits on an outcome, each kept where the value is at most 0."""
+        return constraints(outcome, self.space.budget, self.setting.dense)
+
+    def trials(self) -> list[Trial]:
+        """Every trial, in order of numbers."""
+        frozen = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        return [self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
+
+    def _trial(self, frozen: FrozenTrial) -> Trial:
+        self._ids[frozen.number] = frozen._trial_id
+        attrs = frozen.user_attrs
+        choices = tuple(int(frozen.params[layer.name]) for layer in self.setting.table.layers)
+        complete = frozen.state == TrialState.COMPLETE
+        return Trial(
+            number=frozen.number,
+            index=attrs["index"],
+            attempt=attrs["attempt"],
+            proposal=Proposal(choices=choices, origin=attrs["origin"], note=attrs["note"]),
+            state=frozen.state.name,
+            values=tuple(frozen.values) if complete else None,
+            constraints=_by_name(frozen.constraints),
+            outcome=Outcome.from_json(attrs["outcome"]) if complete else None,
+            reason=attrs.get("reason"),
+            start_ms=_ms(frozen.datetime_start),
+            end_ms=_ms(frozen.datetime_complete),
+            retry=bool(attrs.get("retry", False)),
+        )
+
+    def front_trials(self, trials: list[Trial] | None = None) -> list[Trial]:
+        """The feasible trials that no other dominates, by increasing MACs (membership: the search images)."""
+        feasible = [t for t in (self.trials() if trials is None else trials) if t.feasible]
+        points = [self.point(trial) for trial in feasible]
+        members = [feasible[i] for i in non_dominated(points)]
+        return sorted(members, key=lambda t: (cast(Outcome, t.outcome).macs, t.number))
+
+    def point(self, trial: Trial) -> tuple[float, ...]:
+        """The objectives of a complete trial, minimised."""
+        return minimised(cast(tuple[float, ...], trial.values), tuple(self.space.objectives))
+
+    def hypervolume(self, trials: list[Trial]) -> float:
+        """Share (0 to 1) of the objectives' box that the feasible trials dominate.
+
+        The box reaches from the ideal (accuracy 1, loss 0, no cost) to accuracy 0, the loss of a uniform guess, and
+        the dense network's cost.
+        """
+        worst = {
+            "accuracy": 0.0,
+            "loss": math.log(max(2, self.setting.classes)),
+            "macs": float(self.setting.dense["macs"]),
+            "params": float(self.setting.dense["params"]),
+        }
+        scale = [1.0 if name in MAXIMISED else worst[name] for name in self.space.objectives]
+        reference = tuple(worst[name] / s for name, s in zip(self.space.objectives, scale, strict=True))
+        feasible = [self.point(trial) for trial in trials if trial.feasible]
+        points = [tuple(x / s for x, s in zip(point, scale, strict=True)) for point in feasible]
+        return hypervolume([points[i] for i in non_dominated(points)], reference)
+
+    def trials_frame(self) -> pd.DataFrame:
+        """Every trial as a row: number, state, reason, origin, the measurements, ``on_front``."""
+        import pandas as pd
+
+        trials = self.trials()
+        front = {trial.number for trial in self.front_trials(trials)}
+        dense = self.setting.dense["macs"]
+        rows = [
+            {
+                "number": t.number,
+                "index": t.index,
+                "attempt": t.attempt,
+                "state": t.state,
+                "reason": t.reason,
+                "origin": t.proposal.origin,
+                "feasible": t.feasible,
+                "on_front": t.number in front,
+                **_measured(t.outcome, dense),
+            }
+            for t in trials
+        ]
+        columns = ["number", "index", "attempt", "state", "reason", "origin", "feasible", "on_front"]
+        return pd.DataFrame(rows, columns=[*columns, *_measured(None, dense)])
+
+    def front(self) -> pd.DataFrame:
+        """The Pareto front by increasing MACs: trial, accuracy (report images) with its 95 % interval, costs."""
+        import pandas as pd
+
+        rows = []
+        for trial in self.front_trials():
+            measured = _measured(trial.outcome, self.setting.dense["macs"])
+            low, high = interval(measured["accuracy"], cast(Outcome, trial.outcome).report_images)
+            rows.append(
+                {
+                    "trial": trial.number,
+                    "accuracy": measured.pop("accuracy"),
+                    "accuracy_low": low,
+                    "accuracy_high": high,
+                    **measured,
+                    "origin": trial.proposal.origin,
+                }
+            )
+        columns = ["trial", "accuracy", "accuracy_low", "accuracy_high", *list(_measured(None, 1))[1:], "origin"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def rank_map(
+        self,
+        *,
+        trial: int | None = None,
+        max_macs_ratio: float | None = None,
+        max_gmacs: float | None = None,
+        max_drop: float | None = None,
+        knee: bool = False,
+    ) -> RankMap:
+        """The rank map of a trial, picked by exactly one rule (accuracies: on the search images).
+
+        Args:
+            trial: the trial of this number, on the front or not.
+            max_macs_ratio: the most accurate of the front with at most this share of the dense MACs.
+            max_gmacs: the most accurate of the front with at most so many GMACs.
+            max_drop: the cheapest of the front that loses at most so many percentage points.
+            knee: the point of the front furthest below the line through its ends.
+
+        Raises:
+            ValueError: not exactly one rule is given.
+            BudgetError: no trial fits; the message names the nearest.
+        """
+        from ranksearch.export import choose, rank_map_of
+
+        rules = {
+            "trial": trial,
+            "max_macs_ratio": max_macs_ratio,
+            "max_gmacs": max_gmacs,
+            "max_drop": max_drop,
+            "knee": knee or None,
+        }
+        given = [name for name, value in rules.items() if value is not None]
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise ValueError(f"exactly one rule picks a trial, found {found}. Give one of {', '.join(rules)}.")
+        picked = choose(
+            self,
+            trial=trial,
+            max_macs_ratio=max_macs_ratio,
+            max_gmacs=max_gmacs,
+            max_drop=max_drop,
+            knee_point=knee,
+        )
+        return rank_map_of(self, picked)
+
+
+def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
+    """The columns of an outcome; NaN without one."""
+    if outcome is None:
+        names = ["accuracy", "accuracy_search", "loss", "macs", "macs_ratio", "gmacs", "params", "seconds"]
+        return dict.fromkeys(names, math.nan)
+    return {
+        "accuracy": math.nan if outcome.accuracy is None else outcome.accuracy,
+        "accuracy_search": outcome.accuracy_search,
+        "loss": outcome.loss,
+        "macs": outcome.macs,
+        "macs_ratio": outcome.macs / dense_macs,
+        "gmacs": outcome.macs / 1e9,
+        "params": outcome.params,
+        "seconds": outcome.seconds,
+    }
+
+
+def interval(accuracy: float, images: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy measured on so many images."""
+    if not images or math.isnan(accuracy):
+        return math.nan, math.nan
+    z = 1.959963984540054
+    centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
+    half = z / (1 + z * z / images) * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
+    return centre - half, centre + half
+
+
+def _by_name(constraints: Mapping[str, float]) -> tuple[float, ...]:
+    """The values in the order of their names: a database gives them back in any."""
+    return tuple(value for _, value in sorted(constraints.items()))
+
+
+def _ms(moment: datetime | None) -> int:
+    return 0 if moment is None else round(moment.timestamp() * 1000)
+
+
+def _now_ms() -> int:
+    return _ms(datetime.now())

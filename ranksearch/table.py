@@ -1,0 +1,150 @@
+"""The price table: what every candidate of every layer costs, and the error it is predicted to make; no tensors.
+
+A network's MACs are the sum over its layers, so a proposal (one candidate per searched layer) is priced by addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, Self
+
+from ranksearch.conv import Conv
+
+DENSE = "dense"
+"""The name of the choice that leaves a layer as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to write one layer: a format at given ranks, or dense."""
+
+    format: str
+    ranks: tuple[int, ...] = ()
+    macs: int
+    """Multiply-accumulates per image."""
+    params: int
+    error: float
+    """Predicted relative squared error, 0 (exact) to 1 (everything lost), in the metric of the format's factors. Close
+    to the share of the output's variance lost for ``svd`` and ``channel-svd``; up to three times too high for
+    ``tucker2`` and too low for ``spatial-svd``, so it compares ranks better than formats."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether the layer is left as it is."""
+        return self.format == DENSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPrices:
+    """The candidates of one searched layer, by increasing MACs, the dense one last."""
+
+    name: str
+    conv: Conv
+    candidates: tuple[Candidate, ...]
+
+    def __post_init__(self) -> None:
+        costs = [candidate.macs for candidate in self.candidates]
+        if not self.candidates or not self.candidates[-1].dense or costs != sorted(costs):
+            raise ValueError(f"candidates of {self.name} must rise in MACs and end with dense")
+
+    def within(self, macs_limit: float) -> int:
+        """Index of the candidate of least error that costs at most ``macs_limit`` MACs; the cheapest if none does."""
+        affordable = [i for i, candidate in enumerate(self.candidates) if candidate.macs <= macs_limit]
+        return min(affordable, key=lambda i: (self.candidates[i].error, self.candidates[i].macs), default=0)
+
+    def cheapest(self, error_limit: float) -> int:
+        """Index of the cheapest candidate whose error is at most ``error_limit``; dense is always one."""
+        return next(i for i, c in enumerate(self.candidates) if c.dense or c.error <= error_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriceTable:
+    """All searched layers with their candidates, and the cost of what stays as it is."""
+
+    layers: tuple[LayerPrices, ...]
+    other_macs: int
+    """MACs per image of everything that is not searched, pinned layers at their pinned cost."""
+    other_params: int
+    dense_macs: int
+    """MACs per image of the whole dense network."""
+    dense_params: int
+    pinned: tuple[tuple[str, Conv, Candidate], ...] = ()
+    """Layers fixed by the user, with their geometry and one candidate; their cost is part of ``other_macs``."""
+
+    @property
+    def size(self) -> int:
+        """How many different rank maps the table spans."""
+        return prod(len(layer.candidates) for layer in self.layers)
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """The choices that leave every searched layer dense."""
+        return tuple(len(layer.candidates) - 1 for layer in self.layers)
+
+    def picked(self, choices: Sequence[int]) -> dict[str, Candidate]:
+        """Layer name to candidate, pinned layers included."""
+        named = {layer.name: layer.candidates[i] for layer, i in zip(self.layers, choices, strict=True)}
+        return named | {name: candidate for name, _, candidate in self.pinned}
+
+    @property
+    def convs(self) -> dict[str, Conv]:
+        """Geometry of the searched and the pinned layers."""
+        return {layer.name: layer.conv for layer in self.layers} | {name: conv for name, conv, _ in self.pinned}
+
+    def macs(self, choices: Sequence[int]) -> int:
+        """MACs per image of the whole network under these choices."""
+        return self.other_macs + sum(layer.candidates[i].macs for layer, i in zip(self.layers, choices, strict=True))
+
+    def params(self, choices: Sequence[int]) -> int:
+        """Parameters of the whole network under these choices."""
+        return self.other_params + sum(
+            layer.candidates[i].params for layer, i in zip(self.layers, choices, strict=True)
+        )
+
+    def macs_ratio(self, choices: Sequence[int]) -> float:
+        """MACs under these choices, as a share of the dense network's."""
+        return self.macs(choices) / self.dense_macs
+
+    @property
+    def least_macs(self) -> int:
+        """MACs of the cheapest rank map."""
+        return self.macs([0] * len(self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; ``from_json`` reads it back."""
+        return {
+            "layers": [
+                {"name": x.name, "conv": x.conv.to_json(), "candidates": [asdict(c) for c in x.candidates]}
+                for x in self.layers
+            ],
+            "other_macs": self.other_macs,
+            "other_params": self.other_params,
+            "dense_macs": self.dense_macs,
+            "dense_params": self.dense_params,
+            "pinned": [[name, conv.to_json(), asdict(candidate)] for name, conv, candidate in self.pinned],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The table written by ``to_json``."""
+        return cls(
+            layers=tuple(
+                LayerPrices(
+                    name=x["name"],
+                    conv=Conv.from_json(x["conv"]),
+                    candidates=tuple(_candidate(c) for c in x["candidates"]),
+                )
+                for x in data["layers"]
+            ),
+            other_macs=data["other_macs"],
+            other_params=data["other_params"],
+            dense_macs=data["dense_macs"],
+            dense_params=data["dense_params"],
+            pinned=tuple((name, Conv.from_json(conv), _candidate(c)) for name, conv, c in data["pinned"]),
+        )
+
+
+def _candidate(data: dict[str, Any]) -> Candidate:
+    return Candidate(**{**data, "ranks": tuple(data["ranks"])})

@@ -1,0 +1,126 @@
+"""What MLflow shows of a search: the parent run's parameters and documents, a record of every trial, the front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from ranksearch.export import choose, rank_map_of
+from ranksearch.space import Space
+from ranksearch.study import Study
+from ranksearch.tracking.store import shown
+from ranksearch.tracking.tracker import Tracker, TrialRecord
+from ranksearch.trial import Trial
+
+
+@contextmanager
+def connected(space: Space, folder: Path) -> Iterator[Tracker]:
+    """The connection to MLflow, closed at the end whatever happens; the default store is in ``folder``.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    tracker = Tracker(space.tracking, folder=folder)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+class View:
+    """The MLflow run of one study; opens it, or finds it again."""
+
+    def __init__(self, study: Study, tracker: Tracker) -> None:
+        self._study = study
+        self._tracker = tracker
+        space = study.space
+        tracker.start(
+            study=study.name,
+            study_id=study.uid,
+            params={
+                "model": space.model.name,
+                "data": space.data.source,
+                "formats": ", ".join(space.formats),
+                "objectives": ", ".join(space.objectives),
+                "strategy": space.strategy.name,
+                "sampler": space.strategy.sampler,
+                "trials": space.budget.trials,
+                "fine_tune_steps": space.evaluation.fine_tune.steps,
+                "engine": space.resources.engine,
+                "seed": space.seed,
+                "searched_layers": len(study.setting.table.layers),
+            },
+            tags={f"version.{name}": version for name, version in study.setting.versions.items()},
+            documents={
+                "space.json": _shown(space),
+                "price_table.json": study.setting.table.to_json(),
+                "versions.json": dict(study.setting.versions),
+            },
+        )
+
+    def sync(self, trials: Iterable[Trial]) -> None:
+        """Write the ended trials that MLflow does not have yet."""
+        self._tracker.sync([self._record(trial) for trial in trials])
+
+    def trial(self, trial: Trial) -> None:
+        """Write an ended trial, in the background."""
+        self._tracker.trial(self._record(trial))
+
+    def hypervolume(self, trials: int, value: float) -> None:
+        """Write the hypervolume after so many trials, in the background."""
+        self._tracker.hypervolume(trials, value)
+
+    def finish(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
+        """Write what is waiting, then the front with its pictures and the knee's rank map, and end the run."""
+        study, trials = self._study, self._study.trials()
+        front = study.front_trials(trials)
+        files: dict[str, Path | str | bytes] = {}
+        if front:
+            files["rank_map.json"] = rank_map_of(study, choose(study, knee_point=True)).model_dump_json(indent=2)
+        self._tracker.finish(
+            status=status,
+            metrics={
+                "hypervolume_final": study.hypervolume(trials),
+                "front_points": float(len(front)),
+                **{f"dense_{name}": float(value) for name, value in study.setting.dense.items()},
+            },
+            front=study.front(),
+            trials=study.trials_frame(),
+            dense=study.setting.dense,
+            files=files,
+        )
+
+    def _record(self, trial: Trial) -> TrialRecord:
+        study, outcome = self._study, trial.outcome
+        picked = study.setting.table.picked(trial.proposal.choices)
+        metrics: dict[str, Any] = {}
+        if outcome is not None:
+            measured = ("accuracy", "accuracy_search", "loss", "macs", "params", "seconds")
+            metrics = {name: getattr(outcome, name) for name in measured if getattr(outcome, name) is not None}
+            metrics |= {"gmacs": outcome.macs / 1e9, "macs_ratio": outcome.macs / study.setting.dense["macs"]}
+        return TrialRecord(
+            number=trial.number,
+            name=f"trial-{trial.number}",
+            params={name: f"{c.format}{c.ranks}" if c.ranks else c.format for name, c in picked.items()},
+            metrics=metrics,
+            tags={
+                "state": trial.state,
+                "origin": trial.proposal.origin,
+                "attempt": str(trial.attempt),
+                **({"reason": trial.reason} if trial.reason else {}),
+            },
+            rank_map=rank_map_of(study, trial).model_dump(mode="json") if trial.state == "COMPLETE" else None,
+            status="FINISHED" if trial.state == "COMPLETE" else "FAILED",
+            start_ms=trial.start_ms,
+            end_ms=trial.end_ms,
+        )
+
+
+def _shown(space: Space) -> dict[str, Any]:
+    """The space as others may see it: without the password of the tracking server."""
+    document = space.model_dump(mode="json")
+    if space.tracking.uri is not None:
+        document["tracking"]["uri"] = shown(space.tracking.uri)
+    return document

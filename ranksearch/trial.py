@@ -1,0 +1,161 @@
+"""Proposals and trials: what a strategy asks for, and what came of it; no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from math import isfinite
+from typing import Any, Final, Self
+
+from ranksearch.space import BudgetSpec
+
+MAXIMISED = frozenset({"accuracy"})
+"""Objectives where more is better; the others are minimised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """Ranks to try: one candidate of the price table for every searched layer."""
+
+    choices: tuple[int, ...]
+    """Index of the candidate of each searched layer, in the table's order."""
+    origin: str
+    """The strategy that proposed it."""
+    note: dict[str, Any] = field(default_factory=dict)
+    """What the strategy wants to find again beside the trial (JSON types): its only memory."""
+
+
+class Signal(Enum):
+    """What a strategy answers when it has no proposal."""
+
+    WAIT = "wait"
+    """Nothing before a running trial ends."""
+    DONE = "done"
+    """Nothing more at all."""
+
+
+WAIT: Final = Signal.WAIT
+DONE: Final = Signal.DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The measurements of one evaluated proposal."""
+
+    accuracy_search: float
+    """Top-1 accuracy on the search-validation images, 0 to 1."""
+    loss: float
+    """Cross-entropy on the search-validation images, nats per image."""
+    macs: int
+    """MACs per image, counted on the network that was built."""
+    params: int
+    seconds: float
+    """Wall time of the evaluation."""
+    accuracy: float | None = None
+    """Top-1 accuracy on the report images; measured only for trials that may be on the front."""
+    report_images: int = 0
+    weights: str | None = None
+    """File of the compressed weights, relative to the study's folder; only for trials that may be on the front."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """How it was built (factor kind, recalibration, divergence, fine-tuning loss), JSON types."""
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.loss) and 0.0 <= self.accuracy_search <= 1.0):
+            raise ValueError(f"an outcome needs a finite loss and an accuracy in [0, 1], found {self}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; ``from_json`` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The outcome written by ``to_json``."""
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One try of one proposal, as the study records it."""
+
+    number: int
+    """Number in the study, from 0."""
+    index: int
+    """Number of the proposal, from 0; a retried proposal keeps its index, and so its seed."""
+    attempt: int = 0
+    """0, or 1 where the proposal is tried once more after an interruption."""
+    proposal: Proposal
+    state: str
+    """``RUNNING``, ``COMPLETE`` or ``FAIL``: Optuna's names."""
+    values: tuple[float, ...] | None = None
+    """The objectives, in the space's order and natural direction, if complete."""
+    constraints: tuple[float, ...] = ()
+    """At most 0 where the budget's limits hold."""
+    outcome: Outcome | None = None
+    reason: str | None = None
+    """Why it failed."""
+    start_ms: int = 0
+    """When it began, milliseconds since 1970."""
+    end_ms: int = 0
+    """When it ended, likewise; 0 while it runs."""
+    retry: bool = False
+    """Whether it failed by an interruption, and its proposal is to be tried once more."""
+
+    @property
+    def feasible(self) -> bool:
+        """Complete and within the budget's limits."""
+        return self.state == "COMPLETE" and all(constraint <= 0 for constraint in self.constraints)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a worker needs to evaluate one trial: everything else it holds already."""
+
+    number: int
+    """The trial's number."""
+    choices: tuple[int, ...]
+    seed: int
+    keep: bool = False
+    """Whether the weights are kept, and the report images scored, whatever the outcome."""
+    incumbents: tuple[tuple[float, ...], ...] = ()
+    """Objectives (minimised) of the front when the task was handed out: a trial that one of them dominates will not
+    be on the front, so it is not scored on the report images and its weights are not kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a trial has no outcome."""
+
+    reason: str
+    interrupted: bool = False
+    """Whether the trial was cut short from outside (a killed worker or driver) rather than by what it computed: such
+    a proposal is tried once more."""
+
+
+def objective_values(outcome: Outcome, objectives: tuple[str, ...]) -> tuple[float, ...]:
+    """The objectives of an outcome in their natural direction; accuracy and loss are those on the search images."""
+    known = {
+        "accuracy": outcome.accuracy_search,
+        "loss": outcome.loss,
+        "macs": float(outcome.macs),
+        "params": float(outcome.params),
+    }
+    return tuple(known[name] for name in objectives)
+
+
+def minimised(values: tuple[float, ...], objectives: tuple[str, ...]) -> tuple[float, ...]:
+    """Objective values with the sign changed where more is better, as :mod:`ranksearch.front` takes them."""
+    return tuple(-v if name in MAXIMISED else v for v, name in zip(values, objectives, strict=True))
+
+
+def constraints(outcome: Outcome, budget: BudgetSpec, dense: Mapping[str, float]) -> dict[str, float]:
+    """The budget's limits on an outcome, each kept where the value is at most 0.
+
+    ``dense`` has the dense network's ``macs`` and ``accuracy_search``.
+    """
+    limits: dict[str, float] = {}
+    if budget.max_macs_ratio is not None:
+        limits["max_macs_ratio"] = outcome.macs / dense["macs"] - budget.max_macs_ratio
+    if budget.max_drop is not None:
+        limits["max_drop"] = 100 * (dense["accuracy_search"] - outcome.accuracy_search) - budget.max_drop
+    return limits

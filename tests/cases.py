@@ -1,0 +1,87 @@
+"""THE table of convolutions and formats that the conformance suite runs over.
+
+Every format of the registry must be named in ``FORMATS``, with the layers that it is for and the einsum that composes
+its stages' kernels to the kernel of the convolution they replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+Family = Literal["spatial", "pointwise", "grouped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatCase:
+    """What the suite knows of a format, without asking the format."""
+
+    family: Family
+    """The layers that it is for."""
+    compose: str
+    """Kernels of the stages, each ``(out, in, height, width)``, to ``(T, S, height, width)``."""
+
+
+FORMATS: dict[str, FormatCase] = {
+    "tucker2": FormatCase(family="spatial", compose="asxy,bakl,tbzw->tskl"),
+    "svd": FormatCase(family="pointwise", compose="rskl,trxy->tskl"),
+    "spatial-svd": FormatCase(family="spatial", compose="rsky,trxl->tskl"),
+    "channel-svd": FormatCase(family="spatial", compose="rskl,trxy->tskl"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCase:
+    """One dense layer and the shape of its input for one image, as the layer sees it."""
+
+    name: str
+    build: Callable[[], nn.Conv2d | nn.Linear]
+    shape: tuple[int, ...]
+    family: Family
+
+
+def _conv(name: str, family: Family, build: Callable[[], nn.Conv2d], *size_px: int) -> LayerCase:
+    return LayerCase(name=name, build=build, shape=(build().in_channels, *size_px), family=family)
+
+
+LAYERS: tuple[LayerCase, ...] = (
+    _conv("plain", "spatial", lambda: nn.Conv2d(6, 8, 3, padding=1), 7, 7),
+    _conv("without bias", "spatial", lambda: nn.Conv2d(6, 8, 3, padding=1, bias=False), 6, 6),
+    _conv("one input channel", "spatial", lambda: nn.Conv2d(1, 5, 3), 6, 6),
+    _conv("one output channel", "spatial", lambda: nn.Conv2d(5, 1, 3), 6, 6),
+    _conv("many outputs", "spatial", lambda: nn.Conv2d(1, 24, 3, padding=1), 6, 6),
+    _conv("stride on odd sizes", "spatial", lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), 7, 9),
+    _conv("stride on even sizes", "spatial", lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), 8, 10),
+    _conv("stride past the kernel", "spatial", lambda: nn.Conv2d(4, 6, 2, stride=3), 9, 10),
+    _conv("rows unlike columns", "spatial", lambda: nn.Conv2d(4, 5, (3, 5), stride=(2, 1), padding=(0, 2)), 9, 8),
+    _conv("a column", "spatial", lambda: nn.Conv2d(4, 5, (3, 1), padding=(1, 0)), 7, 6),
+    _conv("a row", "spatial", lambda: nn.Conv2d(4, 5, (1, 3), stride=(2, 1)), 7, 6),
+    _conv("even kernel", "spatial", lambda: nn.Conv2d(4, 5, (2, 4), padding=(1, 2)), 6, 7),
+    _conv("dilated", "spatial", lambda: nn.Conv2d(4, 5, 3, padding=(2, 3), dilation=(2, 3)), 9, 11),
+    _conv("dilated and strided", "spatial", lambda: nn.Conv2d(4, 5, 3, stride=2, padding=2, dilation=2), 9, 8),
+    _conv("reflected", "spatial", lambda: nn.Conv2d(4, 5, 3, padding=(1, 2), padding_mode="reflect"), 6, 7),
+    _conv("replicated", "spatial", lambda: nn.Conv2d(4, 5, 3, stride=2, padding=1, padding_mode="replicate"), 6, 7),
+    _conv("circular", "spatial", lambda: nn.Conv2d(4, 5, (3, 5), padding=(1, 2), padding_mode="circular"), 6, 7),
+    _conv("same", "spatial", lambda: nn.Conv2d(4, 5, (3, 5), padding="same", dilation=(1, 2)), 6, 9),
+    _conv("same, even kernel", "spatial", lambda: nn.Conv2d(4, 5, (2, 4), padding="same"), 6, 7),
+    _conv("same, reflected", "spatial", lambda: nn.Conv2d(4, 5, 4, padding="same", padding_mode="reflect"), 6, 7),
+    _conv("valid", "spatial", lambda: nn.Conv2d(4, 5, 3, padding="valid"), 6, 7),
+    _conv("1x1", "pointwise", lambda: nn.Conv2d(6, 9, 1), 5, 4),
+    _conv("1x1 strided", "pointwise", lambda: nn.Conv2d(9, 6, 1, stride=2, bias=False), 7, 8),
+    _conv("1x1 padded", "pointwise", lambda: nn.Conv2d(5, 6, 1, padding=1), 4, 5),
+    LayerCase(name="linear", build=lambda: nn.Linear(7, 10), shape=(7,), family="pointwise"),
+    LayerCase(name="linear without bias", build=lambda: nn.Linear(10, 3, bias=False), shape=(10,), family="pointwise"),
+    LayerCase(name="linear on tokens", build=lambda: nn.Linear(6, 9), shape=(5, 6), family="pointwise"),
+    LayerCase(name="linear on a map", build=lambda: nn.Linear(6, 4), shape=(3, 2, 6), family="pointwise"),
+    _conv("grouped", "grouped", lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2), 6, 6),
+    _conv("grouped 1x1", "grouped", lambda: nn.Conv2d(6, 4, 1, groups=2), 6, 6),
+    _conv("depthwise", "grouped", lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), 6, 6),
+)
+
+PAIRS: tuple[tuple[str, LayerCase], ...] = tuple(
+    (name, case) for name, form in FORMATS.items() for case in LAYERS if case.family == form.family
+)
+"""Every format with every layer that it is for."""

@@ -1,0 +1,331 @@
+"""What every format must keep, on every layer that it is for, in both kinds of factors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ranksearch.calibration import collect
+from ranksearch.conv import Conv
+from ranksearch.decompositions import (
+    FORMATS,
+    Prepared,
+    Ranks,
+    Statistics,
+    chain,
+    check_ranks,
+    compressed_stages,
+    prepare,
+)
+from ranksearch.decompositions.format import orthonormal_gauge
+from ranksearch.errors import DecompositionError, RankError, UnsupportedLayer
+from ranksearch.surgery import build_chain, build_layer, geometry, kernel_of
+from tests import cases, oracles
+from tests.cases import LAYERS, PAIRS, LayerCase
+
+every_pair = pytest.mark.parametrize(("name", "case"), [pytest.param(n, c, id=f"{n}, {c.name}") for n, c in PAIRS])
+both_kinds = pytest.mark.parametrize("kind", ["weight-only", "activation-aware"])
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+class Subject:
+    """A dense layer in some dtype, with images that it sees and its prepared factors."""
+
+    def __init__(self, name: str, case: LayerCase, kind: str, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(len(case.name))
+        self.name, self.form = name, FORMATS[name]
+        self.dense = case.build().to(dtype)
+        self.dense.requires_grad_(False)
+        self.images = correlated(self.dense, case.shape, images=24).to(dtype)
+        self.conv = geometry(self.dense, (1, *case.shape))
+        self.weight, self.bias = kernel_of(self.dense)
+        self.statistics = statistics_of(self.dense, self.conv, self.images) if kind == "activation-aware" else None
+
+    def prepared(self) -> Prepared:
+        """In float32, or in float64 where the layer is."""
+        if self.weight.dtype == torch.float32:
+            return prepare(self.form, self.conv, self.weight, self.statistics)
+        means = self.statistics
+        known = {"patch_mean": means.patch_mean, "output_mean": means.output_mean} if means else {}
+        return {**self.form.prepare(self.weight, means), **known}
+
+    def built(self, ranks: Ranks) -> nn.Module:
+        return build_layer(self.form, self.conv, self.prepared(), ranks, self.bias, self.weight.dtype)
+
+    def kernel(self, ranks: Ranks) -> np.ndarray:
+        return oracles.kernel(self.name, [stage.weight for stage in self.built(ranks)])
+
+    @property
+    def bounds(self) -> Ranks:
+        return self.form.max_rank(self.conv)
+
+    def some_ranks(self) -> Iterator[Ranks]:
+        """The smallest, the largest and some in between."""
+        yield from itertools.product(*(sorted({1, (bound + 1) // 2, bound}) for bound in self.bounds))
+
+
+def correlated(layer: nn.Module, shape: tuple[int, ...], *, images: int) -> Tensor:
+    """Rectified inputs whose channels are correlated, have unequal sizes and a mean."""
+    channels = shape[-1] if isinstance(layer, nn.Linear) else shape[0]
+    mix = torch.randn(channels, channels) * 0.7 ** torch.arange(channels) + 0.2 * torch.eye(channels)
+    x = torch.relu(torch.randn(images, *shape[:-1], channels) @ mix + 0.3)
+    if isinstance(layer, nn.Linear):
+        return x
+    return torch.relu(torch.einsum("nshw,sr->nrhw", torch.randn(images, *shape), mix) + 0.3)
+
+
+def statistics_of(layer: nn.Module, conv: Conv, images: Tensor) -> Statistics:
+    return collect(nn.Sequential(layer), {"0": conv}, images.split(10))["0"]
+
+
+def mean_output(output: Tensor, conv: Conv) -> Tensor:
+    return output.flatten(0, -2).mean(0) if conv.linear else output.mean((0, 2, 3))
+
+
+def test_every_format_is_in_the_table() -> None:
+    assert cases.FORMATS.keys() == FORMATS.keys()
+    assert {name for name, _ in PAIRS} == FORMATS.keys()
+    assert all(name == form.name for name, form in FORMATS.items())
+
+
+@every_pair
+@both_kinds
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_at_its_largest_rank_a_format_is_exact(
+    name: str, case: LayerCase, kind: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    subject = Subject(name, case, kind, dtype)
+    built = subject.built(subject.bounds)
+    fresh = torch.randn(3, *case.shape, dtype=dtype)
+    for images in (subject.images, fresh):
+        torch.testing.assert_close(built(images), subject.dense(images), rtol=tolerance, atol=tolerance)
+
+
+@every_pair
+@both_kinds
+def test_a_chain_equals_the_convolution_with_the_composed_kernel(name: str, case: LayerCase, kind: str) -> None:
+    subject = Subject(name, case, kind)
+    images = torch.randn(3, *case.shape)
+    for ranks in subject.some_ranks():
+        built = subject.built(ranks)
+        expected = oracles.with_kernel(subject.dense, subject.kernel(ranks), built[-1].bias)(images.double())
+        torch.testing.assert_close(built(images).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_pair
+def test_macs_and_params_are_those_counted(name: str, case: LayerCase) -> None:
+    subject = Subject(name, case, "weight-only")
+    assert subject.conv.macs == oracles.macs(subject.dense, subject.images)
+    assert subject.conv.params == oracles.params(subject.dense)
+    for ranks in subject.some_ranks():
+        stages, built = compressed_stages(subject.form, subject.conv, ranks), subject.built(ranks)
+        assert sum(stage.macs for stage in stages) == oracles.macs(built, subject.images)
+        assert sum(stage.params for stage in stages) == oracles.params(built)
+
+
+@every_pair
+def test_weight_only_factors_have_the_error_of_the_truncated_svd(name: str, case: LayerCase) -> None:
+    subject = Subject(name, case, "weight-only")
+    dense = subject.weight.double().numpy()
+    energy, bounds = subject.prepared()["energy"], subject.bounds
+    for ranks in subject.some_ranks():
+        error = float(((subject.kernel(ranks) - dense) ** 2).sum())
+        if len(ranks) == 2:
+            # More directions than the unfolding's rank add nothing, and tensorly gives no more.
+            within = [min(r, dense.size // n) for r, n in zip(ranks, bounds, strict=True)]
+            np.testing.assert_allclose(subject.kernel(ranks), oracles.hosvd(dense, *within), atol=2e-6)
+        else:
+            least = oracles.truncation(oracles.unfolded(name, dense), *ranks)
+            assert error == pytest.approx(least, rel=1e-4, abs=1e-9)
+        share = 1 - error / (dense**2).sum()
+        assert float(energy[tuple(r - 1 for r in ranks)]) == pytest.approx(share, abs=1e-5)
+
+
+@every_pair
+def test_activation_aware_energy_is_the_share_kept_in_its_metric(name: str, case: LayerCase) -> None:
+    subject = Subject(name, case, "activation-aware")
+    dense = subject.weight.double().numpy()
+    energy = subject.prepared()["energy"]
+    assert subject.statistics is not None
+    if name in ("svd", "channel-svd"):  # the variance of the layer's output
+        spectrum = np.linalg.eigvalsh(subject.statistics.output_covariance.numpy())[::-1]
+        for (rank,) in subject.some_ranks():
+            assert float(energy[rank - 1]) == pytest.approx(spectrum[:rank].sum() / spectrum.sum(), abs=1e-5)
+        return
+    root = np.linalg.cholesky(subject.statistics.input_moment.numpy())
+    total = (np.einsum("tskl,sr->trkl", dense, root) ** 2).sum()
+    for ranks in subject.some_ranks():
+        lost = (np.einsum("tskl,sr->trkl", subject.kernel(ranks) - dense, root) ** 2).sum()
+        assert float(energy[tuple(r - 1 for r in ranks)]) == pytest.approx(1 - lost / total, abs=1e-4)
+
+
+@every_pair
+@both_kinds
+def test_the_error_falls_with_every_rank(name: str, case: LayerCase, kind: str) -> None:
+    subject = Subject(name, case, kind)
+    energy = subject.prepared()["energy"].double().numpy()
+    assert energy.shape == subject.bounds
+    for axis in range(energy.ndim):
+        assert (np.diff(energy, axis=axis) >= 0).all()
+    assert energy[(-1,) * energy.ndim] == pytest.approx(1.0, abs=1e-6)
+    if kind == "weight-only":
+        dense = subject.weight.double().numpy()
+        line = [tuple(min(r, bound) for bound in subject.bounds) for r in range(1, max(subject.bounds) + 1)]
+        errors = [((subject.kernel(ranks) - dense) ** 2).sum() for ranks in line]
+        assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors))
+
+
+@every_pair
+def test_activation_aware_factors_keep_the_mean_output(name: str, case: LayerCase) -> None:
+    subject = Subject(name, case, "activation-aware")
+    expected = mean_output(subject.dense(subject.images), subject.conv)
+    for ranks in subject.some_ranks():
+        found = mean_output(subject.built(ranks)(subject.images), subject.conv)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_on_correlated_inputs_activation_aware_factors_lose_less_of_the_output(name: str) -> None:
+    case = LayerCase(
+        name="wide",
+        build=lambda: nn.Conv2d(12, 14, 1 if name == "svd" else 3, padding=0 if name == "svd" else 1),
+        shape=(12, 8, 8),
+        family="spatial",
+    )
+    plain, aware = (Subject(name, case, kind) for kind in ("weight-only", "activation-aware"))
+    expected = plain.dense(plain.images)
+    for share in (0.25, 0.5, 0.75):
+        ranks = tuple(max(1, int(share * bound)) for bound in plain.bounds)
+        with torch.no_grad():
+            lost = [float((s.built(ranks)(s.images) - expected).square().mean()) for s in (plain, aware)]
+        assert lost[1] < lost[0]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dead_input_channels_change_nothing_of_the_rest(name: str) -> None:
+    """A singular moment and covariance; on other images the dead channels may come alive."""
+    size = 1 if name == "svd" else 3
+    case = LayerCase(name="dead", build=lambda: nn.Conv2d(5, 60, size), shape=(5, 6, 6), family="spatial")
+    subject = Subject(name, case, "activation-aware")
+    subject.images[:, 1:3] = 0.0
+    subject.statistics = statistics_of(subject.dense, subject.conv, subject.images)
+    built = subject.built(subject.bounds)
+    for images in (subject.images, torch.randn(4, 5, 6, 6)):
+        torch.testing.assert_close(built(images), subject.dense(images), rtol=1e-3, atol=1e-3)
+    half = tuple((bound + 1) // 2 for bound in subject.bounds)
+    assert bool(torch.isfinite(subject.built(half)(torch.randn(4, 5, 6, 6))).all())
+
+
+@every_pair
+@both_kinds
+def test_a_kernel_of_zeros_gives_the_bias(name: str, case: LayerCase, kind: str) -> None:
+    subject = Subject(name, case, kind)
+    subject.dense.weight.data.zero_()
+    if subject.statistics is not None:
+        subject.statistics = statistics_of(subject.dense, subject.conv, subject.images)
+    for ranks in subject.some_ranks():
+        torch.testing.assert_close(subject.built(ranks)(subject.images), subject.dense(subject.images))
+    assert bool((subject.prepared()["energy"] == 1).all())
+
+
+@every_pair
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_kernel_that_is_not_finite_is_refused(name: str, case: LayerCase, value: float) -> None:
+    subject = Subject(name, case, "weight-only")
+    subject.dense.weight.data.flatten()[0] = value
+    with pytest.raises(DecompositionError, match="NaN or infinite"):
+        subject.prepared()
+
+
+@every_pair
+def test_ranks_out_of_bounds_are_refused_by_name(name: str, case: LayerCase) -> None:
+    subject = Subject(name, case, "weight-only")
+    prepared, bounds = subject.prepared(), subject.bounds
+    check_ranks(subject.form, subject.conv, bounds)
+    wrong = [(), (*bounds, 1), (0, *bounds[1:]), (-1, *bounds[1:]), (*bounds[:-1], bounds[-1] + 1)]
+    for ranks in wrong:
+        with pytest.raises(RankError) as caught:
+            chain(subject.form, subject.conv, prepared, ranks, None)
+        assert str(bounds) in str(caught.value)
+        assert str(ranks) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+def test_a_layer_that_a_format_is_not_for_is_refused_with_the_reason(name: str, case: LayerCase) -> None:
+    conv = geometry(case.build(), (1, *case.shape))
+    if case.family == cases.FORMATS[name].family:
+        assert all(bound >= 1 for bound in FORMATS[name].max_rank(conv))
+        return
+    reason = {"grouped": r"groups=\d|depthwise", "spatial": "1x1", "pointwise": "spatial kernel"}[case.family]
+    with pytest.raises(UnsupportedLayer, match=reason):
+        FORMATS[name].max_rank(conv)
+
+
+@every_pair
+def test_the_dense_layer_is_untouched_and_its_dtype_kept(name: str, case: LayerCase) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        layer = case.build().to(dtype)
+        before = copy.deepcopy(layer.state_dict())
+        conv, (weight, bias) = geometry(layer, (1, *case.shape)), kernel_of(layer)
+        prepared = prepare(FORMATS[name], conv, weight)
+        built = build_layer(FORMATS[name], conv, prepared, FORMATS[name].max_rank(conv), bias, dtype)
+        assert {value.dtype for value in built.state_dict().values()} == {dtype}
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.add_(1)
+        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@every_pair
+@both_kinds
+def test_gradients_reach_every_factor(name: str, case: LayerCase, kind: str) -> None:
+    subject = Subject(name, case, kind)
+    built = subject.built(tuple((bound + 1) // 2 for bound in subject.bounds))
+    built(subject.images).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in built.parameters())
+
+
+@every_pair
+def test_the_state_is_loaded_into_a_chain_without_weights(name: str, case: LayerCase) -> None:
+    subject = Subject(name, case, "weight-only")
+    for ranks in subject.some_ranks():
+        built, empty = subject.built(ranks), build_chain(compressed_stages(subject.form, subject.conv, ranks))
+        assert not any(bool(value.any()) for value in empty.state_dict().values())
+        empty.load_state_dict(built.state_dict())
+        assert torch.equal(empty(subject.images), built(subject.images))
+
+
+@every_pair
+@both_kinds
+def test_smaller_ranks_are_slices_of_larger_ones(name: str, case: LayerCase, kind: str) -> None:
+    subject = Subject(name, case, kind)
+    prepared = subject.prepared()
+    whole = [stage.double() for stage in subject.form.factors(prepared, subject.bounds)]
+    for ranks in subject.some_ranks():
+        for part, full in zip(subject.form.factors(prepared, ranks), whole, strict=True):
+            assert torch.equal(part.double(), full[tuple(slice(n) for n in part.shape)])
+
+
+@every_pair
+def test_the_gauge_leaves_the_kernel_and_makes_outer_factors_orthonormal(name: str, case: LayerCase) -> None:
+    subject = Subject(name, case, "weight-only", torch.float64)
+    for ranks in subject.some_ranks():
+        # Any factors of these shapes: those of a format may be orthonormal as they come.
+        raw = [torch.randn_like(stage) for stage in subject.form.factors(subject.prepared(), ranks)]
+        stages = orthonormal_gauge(raw)
+        np.testing.assert_allclose(oracles.kernel(name, stages), oracles.kernel(name, raw), rtol=1e-9, atol=1e-9)
+        rows, columns = stages[0].flatten(1), stages[-1].movedim(1, -1).flatten(0, -2)
+        if len(stages) == 3:
+            torch.testing.assert_close(rows @ rows.T, torch.eye(ranks[0], dtype=rows.dtype))
+            torch.testing.assert_close(columns.T @ columns, torch.eye(ranks[-1], dtype=rows.dtype))
+        else:  # both share the singular values of the product, and so have the same Gram matrix
+            torch.testing.assert_close(rows @ rows.T, columns.T @ columns, rtol=1e-6, atol=1e-6)
+            spectrum = torch.from_numpy(np.linalg.svd(columns @ rows, compute_uv=False)[: ranks[0]])
+            torch.testing.assert_close((rows @ rows.T).diagonal(), spectrum, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,70 @@
+"""Small networks that vary what a graph can hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SmallNet(nn.Module):
+    """A stem, 3x3, strided and dilated, 1x1, grouped and depthwise layers, a skip, and linear layers on tokens."""
+
+    shape = (3, 9, 9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.body = nn.ModuleDict(
+            {
+                "plain": nn.Conv2d(8, 8, 3, padding=1, bias=False),
+                "strided": nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2),
+                "point": nn.Conv2d(12, 10, 1),
+                "grouped": nn.Conv2d(10, 10, 3, padding=1, groups=2),
+                "depthwise": nn.Conv2d(10, 10, 3, padding=1, groups=10),
+            }
+        )
+        self.tokens = nn.Linear(10, 12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(self.body["plain"](x)) + x
+        for name in ("strided", "point", "grouped", "depthwise"):
+            x = F.relu(self.body[name](x))
+        tokens = F.relu(self.tokens(x.flatten(2).transpose(1, 2)))
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
+
+
+class SharedNet(nn.Module):
+    """One convolution that runs three times, and one that runs once."""
+
+    shape = (4, 6, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 3, padding=1)
+        self.shared = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = torch.relu(self.shared(x))
+        out: Tensor = self.last(x).mean((2, 3))
+        return out
+
+
+def small_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> SmallNet:
+    torch.manual_seed(seed)
+    net = SmallNet().to(dtype).eval()
+    with torch.no_grad():
+        net.norm.running_mean.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
+        net.norm.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+    return net
+
+
+def small_images(count: int = 32, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, *SmallNet.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -1,0 +1,75 @@
+"""Price tables made by arithmetic, and what their rank maps score: tests of strategies and engines need no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import exp
+
+import numpy as np
+
+from ranksearch.conv import Conv
+from ranksearch.table import DENSE, Candidate, LayerPrices, PriceTable
+from ranksearch.trial import Outcome
+
+STEM_MACS = 442_368
+STEM_PARAMS = 448
+DENSE_ACCURACY = 0.92
+CHANCE = 0.1
+
+
+def price_table(layers: int = 18, candidates: int = 20, seed: int = 0) -> PriceTable:
+    """A network of 3x3 convolutions in three widths; ``candidates`` a layer, the dense one among them.
+
+    Each layer's spectrum falls at a rate of its own, so layers differ in how much they lose at the same MACs.
+    """
+    rng = np.random.default_rng([seed, layers, candidates])
+    priced = []
+    for i in range(layers):
+        width = 16 * 2 ** (3 * i // layers)
+        conv = Conv(in_channels=width, out_channels=width, kernel=(3, 3), padding=(1, 1), size=(512 // width,) * 2)
+        priced.append(_layer(f"layer{i}", conv, candidates, decay=float(rng.uniform(1.5, 7.0))))
+    return PriceTable(
+        layers=tuple(priced),
+        other_macs=STEM_MACS,
+        other_params=STEM_PARAMS,
+        dense_macs=STEM_MACS + sum(layer.conv.macs for layer in priced),
+        dense_params=STEM_PARAMS + sum(layer.conv.params for layer in priced),
+    )
+
+
+def _layer(name: str, conv: Conv, candidates: int, decay: float) -> LayerPrices:
+    shares = [(i + 1) / candidates for i in range(candidates - 1)]
+    compressed = [
+        Candidate(
+            format="svd",
+            ranks=(i + 1,),
+            macs=int(share * conv.macs),
+            params=int(share * conv.params),
+            error=(exp(-decay * share) - exp(-decay)) / (1 - exp(-decay)),
+        )
+        for i, share in enumerate(shares)
+    ]
+    dense = Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0)
+    return LayerPrices(name=name, conv=conv, candidates=(*compressed, dense))
+
+
+def table_outcome(table: PriceTable, choices: Sequence[int]) -> Outcome:
+    """What a rank map scores: accuracy falls with the layers' weighted errors and with those of neighbours together.
+
+    The weights are not in the table, so the predicted errors alone do not give the best rank maps.
+    """
+    errors = [layer.candidates[i].error for layer, i in zip(table.layers, choices, strict=True)]
+    weights = [0.1 + 1.5 * ((7 * i + 3) % 10 / 10) ** 2 for i in range(len(errors))]
+    damage = sum(weight * error for weight, error in zip(weights, errors, strict=True))
+    damage += sum(2.0 * a * b for a, b in pairwise(errors))
+    accuracy = CHANCE + (DENSE_ACCURACY - CHANCE) * exp(-damage)
+    return Outcome(
+        accuracy_search=accuracy,
+        loss=0.3 + damage,
+        macs=table.macs(choices),
+        params=table.params(choices),
+        seconds=0.0,
+        accuracy=accuracy,
+        report_images=1000,
+    )

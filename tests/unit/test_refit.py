@@ -1,0 +1,132 @@
+"""Sequential regression against NumPy's least squares, recalibration against torch's own training mode."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ranksearch.calibration import sample_outputs
+from ranksearch.decompositions import FORMATS, prepare
+from ranksearch.refit import recalibrate, sequential_regression
+from ranksearch.surgery import build_layer, find_layers, geometry, kernel_of
+from tests.cases import PAIRS, LayerCase
+from tests.networks import SmallNet, small_images, small_net
+from tests.unit.test_calibration import patches
+from tests.unit.test_surgery import RANKS, rank_map
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+RIDGE = 1e-3
+
+
+def ridge(features: np.ndarray, targets: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and bias of least squares, pulled towards ``start``, as one augmented least-squares problem."""
+    centred = features - features.mean(0)
+    pull = np.sqrt(RIDGE * (centred**2).sum() / features.shape[1])
+    left = np.vstack([centred, pull * np.eye(features.shape[1])])
+    right = np.vstack([targets - targets.mean(0), pull * start])
+    weights = np.linalg.lstsq(left, right, rcond=None)[0]
+    return weights, targets.mean(0) - features.mean(0) @ weights
+
+
+def features_of(stage: nn.Module, x: Tensor) -> np.ndarray:
+    rows = x.flatten(0, -2) if isinstance(stage, nn.Linear) else patches(stage, x).flatten(1)  # type: ignore[arg-type]
+    return rows.double().numpy()
+
+
+@pytest.mark.parametrize(("name", "case"), [pytest.param(n, c, id=f"{n}, {c.name}") for n, c in PAIRS])
+def test_one_layer_equals_ridge_regression_and_is_never_worse(name: str, case: LayerCase) -> None:
+    torch.manual_seed(2)
+    dense = nn.Sequential(case.build()).requires_grad_(False)
+    x = torch.randn(40, *case.shape)
+    conv = geometry(dense[0], (1, *case.shape))
+    samples = sample_outputs(dense, {"0": conv}, [x], pixels=10_000, seed=0)
+    weight, bias = kernel_of(dense[0])
+    ranks = tuple((bound + 1) // 2 for bound in FORMATS[name].max_rank(conv))
+    chain = build_layer(FORMATS[name], conv, prepare(FORMATS[name], conv, weight), ranks, bias, weight.dtype)
+    before = nn.Sequential(chain).requires_grad_(False)
+    after = copy.deepcopy(before)
+    sequential_regression(after, ["0"], samples, x, ridge=RIDGE)
+    last = before[0][-1]
+    hidden = before[0][:-1](x)
+    y = dense(x)
+    targets = y.flatten(0, -2) if isinstance(last, nn.Linear) else y.movedim(1, -1).flatten(0, -2)
+    start = last.weight.flatten(1).T.double().numpy()
+    weights, constant = ridge(features_of(last, hidden), targets.double().numpy(), start)
+    np.testing.assert_allclose(after[0][-1].weight.flatten(1).T, weights, atol=2e-4)
+    np.testing.assert_allclose(after[0][-1].bias, constant, atol=2e-4)
+    errors = [float((net(x) - y).square().mean()) for net in (before, after)]
+    assert errors[1] <= errors[0] * (1 + 1e-5) + 1e-10
+    for old, new in zip(before[0][:-1], after[0][:-1], strict=True):
+        assert torch.equal(old.weight, new.weight)
+
+
+def test_a_network_is_refitted_layer_by_layer_from_its_own_activations() -> None:
+    """What the layers before hand down is absorbed: the last compressed layer is nearer to the dense one's output."""
+    net, images = small_net().requires_grad_(False), small_images(64)
+    convs = {layer.name: layer.conv for layer in find_layers(net, SmallNet.shape) if layer.name in RANKS}
+    samples = sample_outputs(net, convs, images.split(16), pixels=10_000, seed=0)
+    before = rank_map(net, RANKS, SmallNet.shape).apply(net).requires_grad_(False)
+    after = copy.deepcopy(before).train()
+    sequential_regression(after, RANKS, samples, images)
+    assert all(module.training for module in after.modules())
+    assert not any(module._forward_pre_hooks for module in after.modules())
+    changed = {k for k, v in after.state_dict().items() if not torch.equal(v, before.state_dict()[k])}
+    lasts = {"body.plain": 2, "body.strided": 1, "body.point": 1}
+    assert changed == {f"{name}.{i}.{part}" for name, i in lasts.items() for part in ("weight", "bias")}
+    for name in RANKS:
+        one = {name: convs[name]}
+        outputs = [sample_outputs(n, one, [images], pixels=10_000, seed=0)[name] for n in (before, after)]
+        errors = [float((found.outputs - samples[name].outputs).square().mean()) for found in outputs]
+        assert errors[1] < errors[0]
+
+
+def test_activations_that_cannot_be_regressed_on_leave_the_factors() -> None:
+    net, images = small_net().requires_grad_(False), small_images(8)
+    convs = {layer.name: layer.conv for layer in find_layers(net, SmallNet.shape) if layer.name in RANKS}
+    samples = sample_outputs(net, convs, [images], pixels=9, seed=0)
+    built = rank_map(net, RANKS, SmallNet.shape).apply(net)
+    before = copy.deepcopy(built.state_dict())
+    sequential_regression(built, RANKS, samples, images * float("inf"))
+    torch.testing.assert_close(built.state_dict(), before, rtol=0, atol=0)
+
+
+def test_recalibration_is_the_mean_over_batches_of_training_mode() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6, momentum=0.3),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    )
+    net[1].requires_grad_(False)
+    net.eval()
+    net[5].train()
+    batches = (torch.randn(30, 3, 8, 8) * 2 + 1).split(10)
+    ours, theirs = copy.deepcopy(net), copy.deepcopy(net)
+    recalibrate(ours, batches)
+    theirs.train()
+    theirs[5].eval()
+    for i in (1, 4):
+        theirs[i].reset_running_stats()
+        theirs[i].momentum = None
+    with torch.no_grad():
+        for images in batches:
+            theirs(images)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    assert [m.training for m in ours.modules()] == [m.training for m in net.modules()]
+    assert (ours[1].momentum, ours[4].momentum) == (0.3, 0.1)
+
+
+def test_modes_and_momenta_are_restored_after_an_error() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    with pytest.raises(RuntimeError):
+        recalibrate(net.eval(), [torch.zeros(2, 5, 8, 8)])
+    assert (net[1].momentum, net.training, net[1].training) == (0.1, False, False)
