@@ -96,7 +96,8 @@ class Store:
 
     def _reserve(self, name: str) -> IO[str]:
         """The lock of the folder of a study to be."""
-        folder, gone = self.folder_of(name), None
+        folder: Path = self.folder_of(name)
+        gone: OSError = FileNotFoundError("the folder comes and goes")
         for _ in range(100):
             if name in self.names():
                 raise _TakenError(self._taken(name))
@@ -108,8 +109,10 @@ class Store:
                     f"a new study must have a new name, {name!r} is being prepared by process {error}. "
                     "Give another name with --study."
                 ) from error
-            except FileNotFoundError as error:
-                gone = error  # another process may have just given the name back
+            except (FileNotFoundError, FileExistsError) as error:
+                # Another process may have just given the name back; mkdir, where the folder goes between its two looks,
+                # says that it exists. A plain file in its place stays, and is told below.
+                gone = error
                 continue
             except OSError as error:
                 _give_back(folder)
@@ -118,7 +121,7 @@ class Store:
             if name not in self.names() and _is_still_at(lock, folder / "driver.lock"):
                 return lock
             lock.close()
-        raise self._unwritten(name, gone or FileNotFoundError("the folder comes and goes"))
+        raise self._unwritten(name, gone)
 
     def create(self, name: str, setting: Setting) -> Study:
         """A new study; raises :class:`StudyError` where there is one of this name, or it cannot be written.
