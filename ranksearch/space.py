@@ -126,8 +126,8 @@ class StabiliseSpec(Section):
 
     method: Literal["epc", "norms", "bounded", "none"] = "epc"
     """``epc``: the least sensitivity at an error within ``slack`` of the fit's. ``norms``: likewise the least sum of
-    the terms' squared norms. ``bounded``: the least error at a sensitivity within ``limit``. ``none``: only the scales of
-    the factors are balanced. The tensor chain knows ``epc`` alone and takes it for ``norms`` and ``bounded``."""
+    the terms' squared norms. ``bounded``: the least error at a sensitivity within ``limit``. ``none``: only the scales
+    of the factors are balanced. The tensor chain knows ``epc`` alone and takes it for ``norms`` and ``bounded``."""
     slack: Annotated[float, Field(ge=1)] = 1.05
     """Allowed error (norm of the difference) of ``epc`` and ``norms``, as a multiple of the fit's."""
     limit: Annotated[float, Field(gt=0)] = 2.0

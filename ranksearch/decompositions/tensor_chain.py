@@ -1,0 +1,99 @@
+"""Tensor chain: 1x1 S to R p, one convolution p to q that all R groups share, 1x1 R q to T.
+
+The kernel as R Tucker-2 terms with one core, which is the order-3 loop of Phan et al. 2022 (arXiv 2203.02617); fitted by
+alternating least squares and stabilised, as ``loop.py`` says. R = 1 is ``tucker2``, p = q = 1 is CP with one spatial
+filter. Activation-aware: the input mode is whitened by the input second moment. Not nested: fitted at each rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ranksearch.conv import Conv
+from ranksearch.decompositions.cp import pointwise, unwhitened, whitened
+from ranksearch.decompositions.format import UNSTABILISED, Prepared, Ranks, Statistics, require_plain, square_roots
+from ranksearch.decompositions.grid import distinct, shares
+from ranksearch.decompositions.ladder import on_grid
+from ranksearch.decompositions.loop import Cores, chain_als, correct_chain, regauge
+from ranksearch.space import RanksSpec, StabiliseSpec
+
+_GROUPS = (1, 2, 4, 8, 16)
+"""Numbers of groups on offer (from 2 on; one group is Tucker-2) and measured."""
+_SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Widths R p / S and R q / T at which errors are measured; between the last and p = S, q = T they fall to 0."""
+_SWEEPS = 6
+_LARGEST = 128
+"""Channels that errors are measured on: larger kernels are brought down to their leading subspaces first."""
+
+
+class TensorChain:
+    """Ranks ``(R, p, q)``."""
+
+    name = "tensor-chain"
+    nested = False
+
+    def max_rank(self, conv: Conv) -> Ranks:
+        """``(min(S, T), S, T)``; exact at p = S, q = T whatever R."""
+        require_plain(conv, self.name, pointwise=False)
+        return min(conv.in_channels, conv.out_channels), conv.in_channels, conv.out_channels
+
+    def grid(self, conv: Conv, spec: RanksSpec) -> list[Ranks]:
+        """R in 2, 4, 8, 16; p and q by ratios of S / R and T / R, or as numbers."""
+        most, s, t = self.max_rank(conv)
+        found = []
+        for groups in (n for n in _GROUPS if 2 <= n <= most):
+            each = 1 if spec.values is not None else groups
+            found += [(groups, -(-wide // each), -(-deep // each)) for wide, deep in shares(spec, (s, t))]
+        return distinct(found)
+
+    def stages(self, conv: Conv, ranks: Ranks) -> tuple[Conv, ...]:
+        """1x1, the kernel on every group with every spatial field of the dense layer, 1x1."""
+        groups, p, q = ranks
+        shared = conv.resized(in_channels=groups * p, out_channels=groups * q, groups=groups, tied=groups, bias=False)
+        return conv.pointwise_to(groups * p), shared, shared.after(conv.out_channels, bias=conv.bias)
+
+    def prepare(self, weight: Tensor, statistics: Statistics | None) -> Prepared:
+        """The kernel, the root of the input moment, and the errors of short fits at some ranks."""
+        known = {"weight": weight}
+        if statistics is not None:
+            known["root"], _ = square_roots(statistics.input_moment)
+        return {**known, "errors": _measured(_tensor(whitened(known)))}
+
+    def error(self, prepared: Prepared, ranks: Ranks) -> float:
+        """Between the ranks measured, in the logarithms of R, and of R p / S and R q / T."""
+        groups, p, q = ranks
+        t, s = prepared["weight"].shape[:2]
+        if (p, q) == (s, t):
+            return 0.0
+        places = [_place(groups, s, p), _place(groups, t, q)]
+        return on_grid(prepared["errors"], (math.log(groups) / math.log(_GROUPS[-1]), *places))
+
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+        """A fit in the metric of the input, stabilised, brought back from the metric and gauged anew."""
+        weight = prepared["weight"]
+        tensor = _tensor(whitened(prepared))
+        groups, p, q = ranks
+        core, first, last = STABILISERS[stabiliser.method](tensor, chain_als(tensor, (groups, p, q)).cores, stabiliser)
+        plain = unwhitened(first.flatten(1), prepared).reshape(first.shape)
+        core, first, last = regauge((core, plain, last))
+        kernel = core.permute(2, 1, 0).reshape(q, p, *weight.shape[2:])
+        ndim = weight.ndim - 2
+        return [pointwise(first.flatten(1).T, ndim), kernel, pointwise(last.flatten(1), ndim)]
+
+
+STABILISERS: dict[str, Callable[[Tensor, Cores, StabiliseSpec], Cores]] = {
+    "none": lambda tensor, cores, spec: regauge(cores),
+    "epc": lambda tensor, cores, spec: correct_chain(tensor, cores, slack=spec.slack),
+    "norms": lambda tensor, cores, spec: correct_chain(tensor, cores, slack=spec.slack),
+    "bounded": lambda tensor, cores, spec: correct_chain(tensor, cores, slack=spec.slack),
+}
+"""What is done to a fit, by the method's name; a chain knows one correction."""
+
+
+def _tensor(weight: Tensor) -> Tensor:
+    """``(T, S, *spatial)`` as ``(D, S, T)``."""
+    return weight.flatten(2).permute(2, 1, 0)
