@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError
+from ranksearch.stages import padded
 from ranksearch.surgery import evaluating
 
 
@@ -93,20 +93,6 @@ class _Sums:
 def as_image(x: Tensor, conv: Conv) -> Tensor:
     """Activations of a linear layer ``(N, ..., S)`` as ``(N, S, P, 1)``; those of a convolution as they are."""
     return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)[..., None] if conv.linear else x
-
-
-def padded(x: Tensor, conv: Conv) -> Tensor:
-    """``x`` with the convolution's padding applied explicitly."""
-    if conv.padding_same:
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel, strict=True)]
-        (top, bottom), (left, right) = [(t // 2, t - t // 2) for t in total]
-    else:
-        top = bottom = conv.padding[0]
-        left = right = conv.padding[1]
-    if not (top or bottom or left or right):
-        return x
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, (left, right, top, bottom), mode=mode)
 
 
 def taps(x: Tensor, conv: Conv) -> Iterable[tuple[int, int, Tensor]]:

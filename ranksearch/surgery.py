@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,14 @@ from ranksearch.decompositions import (
 )
 from ranksearch.errors import ModelError, RankError, RankMapError, UnsupportedLayer
 from ranksearch.rankmap import RankMap
+from ranksearch.stages import PLAIN, TRANSPOSED
+from ranksearch.stages import build_chain as build_chain
+from ranksearch.stages import build_stage as build_stage
+from ranksearch.stages import geometry as geometry
+from ranksearch.stages import kernel_of as kernel_of
 
-Shape = tuple[int, int, int]
-"""Channels, height, width of one image."""
+Shape = tuple[int, ...]
+"""Of one input: channels, height, width of an image, or whatever else the network takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,112 +66,43 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 
 def find_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
-    """Every ``Conv2d`` and ``Linear`` that a forward pass runs, with its geometry.
+    """Every convolution and linear layer that a forward pass runs, with its geometry.
 
     Subclasses that compute something else (their own ``forward``) are not among them: a chain would not equal them.
+    Nor are transposed convolutions that are told the size of their output when they are called.
 
     Raises:
-        ModelError: the network does not run on images of ``input_shape``.
+        ModelError: the network does not run on inputs of ``input_shape``.
     """
     found: dict[str, tuple[Conv, int]] = {}
+    told: set[str] = set()
     handles = []
     for name, module in model.named_modules():
         if _is_plain(module):
 
-            def record(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                x, *others = (*args, *kwargs.values())
+                if any(other is not None for other in others):
+                    told.add(name)
                 conv, calls = found.get(name, (None, 0))
-                found[name] = (conv or geometry(module, tuple(inputs[0].shape)), calls + 1)
+                found[name] = (conv or geometry(module, tuple(x.shape)), calls + 1)
 
-            handles.append(module.register_forward_pre_hook(record))
+            handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
         _forward_one(model, input_shape)
     finally:
         for handle in handles:
             handle.remove()
-    return [Layer(name=name, conv=conv, calls=calls) for name, (conv, calls) in found.items()]
+    return [Layer(name=name, conv=conv, calls=calls) for name, (conv, calls) in found.items() if name not in told]
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module computes what ``Conv2d`` or ``Linear`` does."""
-    if isinstance(module, nn.Conv2d):
-        kind = type(module)
-        return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
-def geometry(module: nn.Module, input_shape: tuple[int, ...]) -> Conv:
-    """The geometry of a ``Conv2d`` or ``Linear`` on inputs of ``input_shape``, the batch first."""
-    if isinstance(module, nn.Linear):
-        positions = 1
-        for extent in input_shape[1:-1]:
-            positions *= extent
-        return Conv(
-            in_channels=module.in_features,
-            out_channels=module.out_features,
-            bias=module.bias is not None,
-            size=(positions, 1),
-            linear=True,
-        )
-    conv = cast(nn.Conv2d, module)
-    same = conv.padding == "same"
-    padding = (0, 0) if isinstance(conv.padding, str) else cast(tuple[int, int], tuple(conv.padding))
-    return Conv(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        kernel=cast(tuple[int, int], tuple(conv.kernel_size)),
-        stride=cast(tuple[int, int], tuple(conv.stride)),
-        padding=padding,
-        dilation=cast(tuple[int, int], tuple(conv.dilation)),
-        groups=conv.groups,
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-        padding_same=same,
-        size=(input_shape[-2], input_shape[-1]),
+    """Whether a module computes what torch's convolution or linear layer does."""
+    bases: list[Any] = [nn.Linear, *PLAIN.values(), *TRANSPOSED.values()]
+    base = next((base for base in bases if isinstance(module, base)), None)
+    return base is not None and all(
+        getattr(type(module), part, None) is getattr(base, part, None) for part in ("forward", "_conv_forward")
     )
-
-
-def kernel_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Kernel ``(T, S, height, width)`` and bias of a ``Conv2d`` or ``Linear``."""
-    weight = cast(Tensor, module.weight).detach()
-    bias = cast("Tensor | None", module.bias)
-    return (weight[..., None, None] if weight.ndim == 2 else weight), None if bias is None else bias.detach()
-
-
-def build_stage(conv: Conv, weight: Tensor, bias: Tensor | None) -> nn.Conv2d | nn.Linear:
-    """A module of this geometry that holds a copy of ``weight`` and, if it has a bias, of ``bias`` (zeros if None)."""
-    # Made on the meta device, nothing is drawn from the random generator and nothing initialised in vain.
-    module: nn.Conv2d | nn.Linear
-    if conv.linear:
-        module = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias, device="meta")
-    else:
-        module = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel,
-            stride=conv.stride,
-            padding="same" if conv.padding_same else conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            bias=conv.bias,
-            padding_mode=conv.padding_mode,
-            device="meta",
-        )
-    # Contiguous whatever the factor's strides: the last bits of a convolution depend on the layout.
-    kernel = weight.detach().reshape(module.weight.shape)
-    module.weight = nn.Parameter(kernel.clone(memory_format=torch.contiguous_format))
-    if conv.bias:
-        start = weight.new_zeros(conv.out_channels) if bias is None else bias.detach().to(weight, copy=True)
-        module.bias = nn.Parameter(start)
-    return module
-
-
-def build_chain(
-    stages: Sequence[Conv], weights: Sequence[Tensor] | None = None, bias: Tensor | None = None
-) -> nn.Module:
-    """The stages as a module, on the device and in the dtype of ``weights``; zeros without weights."""
-    if weights is None:
-        weights = [torch.zeros(conv.weight_shape) for conv in stages]
-    return nn.Sequential(*(build_stage(conv, weight, bias) for conv, weight in zip(stages, weights, strict=True)))
 
 
 def build_layer(

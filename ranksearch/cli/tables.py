@@ -130,14 +130,14 @@ def layers_table(found: dict[str, Any]) -> Table:
     made = table("layer", "kernel", "output", "MACs", "MACs %", "params", "candidates", "searched", left=2)
     made.columns[7].justify = "left"
     for row in found["layers"]:
-        kernel = f"{row['out_channels']}x{row['in_channels'] // row['groups']}x{row['kernel'][0]}x{row['kernel'][1]}"
+        kernel = "x".join(map(str, [row["out_channels"], row["in_channels"] // row["groups"], *row["kernel"]]))
         how = ", ".join(f"{name} {count}" for name, count in row["formats"].items())
         if "fixed" in row:
             how = f"fixed to {row['fixed']['format']} {tuple(row['fixed']['ranks'])}"
         made.add_row(
             row["name"],
-            kernel if row["stride"] == [1, 1] else f"{kernel} /{row['stride'][0]}",
-            f"{row['output_size'][0]}x{row['output_size'][1]}",
+            kernel if max(row["stride"]) == 1 else f"{kernel} /{row['stride'][0]}",
+            "x".join(map(str, row["output_size"])),
             f"{row['macs']:,}",
             percent(row["macs"] / found["dense"]["macs"], 1),
             f"{row['params']:,}",

@@ -15,19 +15,20 @@ from torch import Tensor
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions.cp import pointwise, unwhitened, whitened
-from ranksearch.decompositions.format import UNSTABILISED, Prepared, Ranks, Statistics, require_plain, square_roots
+from ranksearch.decompositions.format import UNSTABILISED, Prepared, Ranks, Statistics, lost, require_plain, square_roots
 from ranksearch.decompositions.grid import distinct, shares
-from ranksearch.decompositions.ladder import on_grid
+from ranksearch.decompositions.ladder import FLOOR, interpolated
 from ranksearch.decompositions.loop import Cores, chain_als, correct_chain, regauge
+from ranksearch.decompositions.tucker2 import Tucker2
 from ranksearch.space import RanksSpec, StabiliseSpec
 
-_GROUPS = (1, 2, 4, 8, 16)
-"""Numbers of groups on offer (from 2 on; one group is Tucker-2) and measured."""
+_GROUPS = (2, 4, 8, 16)
+"""Numbers of groups on offer; one group is ``tucker2``."""
 _SHARES = (0.125, 0.25, 0.5, 1.0)
-"""Widths R p / S and R q / T at which errors are measured; between the last and p = S, q = T they fall to 0."""
+"""Widths R p / S, and as many R q / T, at which errors are measured."""
 _SWEEPS = 6
 _LARGEST = 128
-"""Channels that errors are measured on: larger kernels are brought down to their leading subspaces first."""
+"""Channels that errors are measured on: of larger kernels their leading subspaces."""
 
 
 class TensorChain:
@@ -61,16 +62,25 @@ class TensorChain:
         known = {"weight": weight}
         if statistics is not None:
             known["root"], _ = square_roots(statistics.input_moment)
-        return {**known, "errors": _measured(_tensor(whitened(known)))}
+        bases = Tucker2().prepare(weight, statistics)
+        core = bases["core"][: min(weight.shape[0], _LARGEST), : min(weight.shape[1], _LARGEST)]
+        return {**known, "energy": bases["energy"], **_ladders(_tensor(core))}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
-        """Between the ranks measured, in the logarithms of R, and of R p / S and R q / T."""
+        """What Tucker-2 of all terms' channels loses, and of what it keeps the share that the chain was measured to.
+
+        In between the numbers of groups and the widths measured, the logarithm of that share is on a line.
+        """
         groups, p, q = ranks
         t, s = prepared["weight"].shape[:2]
-        if (p, q) == (s, t):
-            return 0.0
-        places = [_place(groups, s, p), _place(groups, t, q)]
-        return on_grid(prepared["errors"], (math.log(groups) / math.log(_GROUPS[-1]), *places))
+        outside = lost(prepared["energy"], (min(groups * p, s), min(groups * q, t)))
+        width = math.sqrt(p / s * (q / t))
+        if groups == 1 or width == 1.0:
+            return outside
+        measured = [1.0, *prepared["groups"].tolist()]
+        within = [FLOOR, *(interpolated(*pair, width) for pair in zip(prepared["widths"], prepared["errors"], strict=True))]
+        inside = interpolated(torch.tensor(measured), torch.tensor(within), min(float(groups), measured[-1]))
+        return outside + (1 - outside) * inside
 
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """A fit in the metric of the input, stabilised, brought back from the metric and gauged anew."""
@@ -97,3 +107,25 @@ STABILISERS: dict[str, Callable[[Tensor, Cores, StabiliseSpec], Cores]] = {
 def _tensor(weight: Tensor) -> Tensor:
     """``(T, S, *spatial)`` as ``(D, S, T)``."""
     return weight.flatten(2).permute(2, 1, 0)
+
+
+def _ladders(tensor: Tensor) -> dict[str, Tensor]:
+    """For some ``groups``: ``widths`` p / S from small to 1, and what a chain of that width loses within its subspace.
+
+    The error less what Tucker-2 of the same channels loses, as a share of what that keeps.
+    """
+    _, s, t = tensor.shape
+    groups = [n for n in _GROUPS if n <= min(s, t)]
+    found: dict[str, list[list[float]]] = {"widths": [], "errors": []}
+    for n in groups:
+        widths, errors = [], []
+        for share in _SHARES:
+            p, q = (max(1, math.ceil(share * size / n)) for size in (s, t))
+            outside = _hosvd_error(tensor, min(n * p, s), min(n * q, t))
+            whole = chain_als(tensor, (n, p, q), sweeps=_SWEEPS).error
+            widths.append(math.sqrt(p / s * (q / t)))
+            errors.append(min(1.0, max(FLOOR, (whole - outside) / (1 - outside) if outside < 1 else 0.0)))
+        found["widths"].append([*widths, 1.0])
+        found["errors"].append([*errors, 0.0])
+    tables = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.items()}
+    return {**tables, "groups": torch.tensor(groups, dtype=torch.float64)}
