@@ -63,11 +63,12 @@ class Cp:
             known["root"], _ = square_roots(statistics.input_moment)
         tensor = self._tensor(whitened(known))
         ranks, errors = cp_ladder(tensor.float(), exact_rank(tensor.shape))
-        return {**known, "ladder": ranks, "errors": errors}
+        ladder = {"ladder": ranks, "errors": errors}
+        return known | {name: torch.tensor(values, dtype=torch.float64) for name, values in ladder.items()}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
         """Between the rungs of the ladder."""
-        return interpolated(prepared["ladder"], prepared["errors"], ranks[0])
+        return interpolated(prepared["ladder"].tolist(), prepared["errors"].tolist(), ranks[0])
 
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """A fit in the metric of the input, stabilised, brought back from the metric and balanced."""

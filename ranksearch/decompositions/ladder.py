@@ -9,9 +9,9 @@ is exact.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ranksearch.decompositions.als import Factors, cp_als
@@ -23,57 +23,61 @@ _WORK = 2e11
 """Multiply-accumulates that a ladder may take, about ten seconds of one core."""
 
 
-def cp_ladder(tensor: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def cp_ladder(tensor: Tensor, top: int) -> tuple[list[float], list[float]]:
     """Ranks 1, 2, 4, ... and their relative squared errors, the exact rank ``top`` with 0 last.
 
     Args:
         tensor: of any order.
         top: a rank at which CP is exact.
     """
-    ranks, errors, work = [], [], 0.0
+    ranks: list[float] = []
+    errors: list[float] = []
     fitted: Factors | None = None
-    rank, even = 1, tensor.numel() / sum(tensor.shape)  # about as many parameters as values: then CP is nearly exact
-    while rank < min(top, 1.5 * even):
+    rank, work = 1, 0.0
+    parameters = tensor.numel() / sum(tensor.shape)  # the rank of as many parameters as values, where little is lost
+    while rank < min(top, 1.5 * parameters):
         work += 4.0 * _SWEEPS * tensor.numel() * rank
         if work > _WORK:
             break
         fit = cp_als(tensor, rank, start=fitted, sweeps=_SWEEPS)
         fitted = fit.factors
         ranks.append(rank)
-        errors.append(fit.error)
+        errors.append(min([fit.error, *errors[-1:]]))
         if fit.error < FLOOR:
             break
         rank *= 2
-    falling = torch.tensor([*errors, 0.0], dtype=torch.float64).cummin(0).values
-    return torch.tensor([*ranks, top], dtype=torch.float64), falling
+    return [*ranks, top], [*errors, 0.0]
 
 
-def interpolated(ranks: Tensor, errors: Tensor, rank: float) -> float:
-    """The error at ``rank``: the logarithm on a line over that of the rank between rungs, 0 at the last."""
-    at = int(torch.searchsorted(ranks, torch.tensor(rank, dtype=ranks.dtype)))
-    if at >= len(ranks) - 1 and rank >= float(ranks[-1]):
-        return float(errors[-1])
-    if float(ranks[at]) == rank or at == 0:
-        return float(errors[at])
-    low, high = (math.log(float(r)) for r in ranks[at - 1 : at + 1])
-    share = (math.log(rank) - low) / (high - low)
-    below, above = (math.log(max(float(e), FLOOR)) for e in errors[at - 1 : at + 1])
+def interpolated(places: Sequence[float], errors: Sequence[float], place: float) -> float:
+    """The error at ``place``: its logarithm is on a line over that of the place; outside, that of the end.
+
+    Args:
+        places: rising; positive.
+        errors: at the places, falling.
+        place: positive.
+    """
+    at = bisect_left(places, place)
+    if at == len(places) or at == 0 or places[at] == place:
+        return errors[min(at, len(places) - 1)]
+    share = math.log(place / places[at - 1]) / math.log(places[at] / places[at - 1])
+    below, above = (math.log(max(error, FLOOR)) for error in errors[at - 1 : at + 1])
     return math.exp(below + share * (above - below))
 
 
-def resampled(ranks: Tensor, errors: Tensor, points: int) -> Tensor:
+def resampled(ranks: Sequence[float], errors: Sequence[float], points: int) -> list[float]:
     """The ladder's errors at ``points`` ranks from 1 to its top, evenly spaced in the logarithm."""
-    top = math.log(float(ranks[-1]))
-    at = [math.exp(top * i / (points - 1)) for i in range(points - 1)]
-    return torch.tensor([*(interpolated(ranks, errors, rank) for rank in at), float(errors[-1])], dtype=torch.float64)
+    return [interpolated(ranks, errors, ranks[-1] ** (i / (points - 1))) for i in range(points - 1)] + [errors[-1]]
 
 
-def on_grid(table: Tensor, place: Sequence[float]) -> float:
-    """The entry of ``table`` at ``place`` (0 to 1 along every axis), linear in the logarithm in between."""
-    values = table.double().clamp_min(FLOOR).log()
-    for share in place:
-        position = min(max(share, 0.0), 1.0) * (values.shape[0] - 1)
-        low = min(int(position), max(values.shape[0] - 2, 0))
-        high = min(low + 1, values.shape[0] - 1)
-        values = values[low] + (position - low) * (values[high] - values[low])
-    return math.exp(float(values))
+def on_grid(table: Sequence[Sequence[float]], row: float, column: float) -> float:
+    """The entry at a place of the table, 0 to 1 along both axes: its logarithm is bilinear."""
+
+    def between(values: Sequence[float], share: float) -> float:
+        position = min(max(share, 0.0), 1.0) * (len(values) - 1)
+        low = min(int(position), max(len(values) - 2, 0))
+        high = min(low + 1, len(values) - 1)
+        return values[low] + (position - low) * (values[high] - values[low])
+
+    logs = [between([math.log(max(error, FLOOR)) for error in errors], column) for errors in table]
+    return math.exp(between(logs, row))

@@ -67,20 +67,21 @@ class TensorChain:
         return {**known, "energy": bases["energy"], **_ladders(_tensor(core))}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
-        """What Tucker-2 of all terms' channels loses, and of what it keeps the share that the chain was measured to.
+        """What Tucker-2 of all groups' channels loses, and of what it keeps the share that the chain was measured to.
 
-        In between the numbers of groups and the widths measured, the logarithm of that share is on a line.
+        Of the numbers of groups measured, up to the one asked for, the best: fewer groups are a case of more. Between
+        the widths measured, the logarithm of the share is on a line.
         """
         groups, p, q = ranks
         t, s = prepared["weight"].shape[:2]
-        outside = lost(prepared["energy"], (min(groups * p, s), min(groups * q, t)))
         width = math.sqrt(p / s * (q / t))
-        if groups == 1 or width == 1.0:
-            return outside
-        measured = [1.0, *prepared["groups"].tolist()]
-        within = [FLOOR, *(interpolated(*pair, width) for pair in zip(prepared["widths"], prepared["errors"], strict=True))]
-        inside = interpolated(torch.tensor(measured), torch.tensor(within), min(float(groups), measured[-1]))
-        return outside + (1 - outside) * inside
+        kept = 1 - lost(prepared["energy"], (p, q))
+        tables = (prepared[name].tolist() for name in ("groups", "widths", "errors"))
+        for measured, *ladder in zip(*tables, strict=True):
+            if measured <= groups:
+                outside = lost(prepared["energy"], (min(int(measured) * p, s), min(int(measured) * q, t)))
+                kept = max(kept, (1 - outside) * (1 - interpolated(*ladder, width)))
+        return 1 - kept
 
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """A fit in the metric of the input, stabilised, brought back from the metric and gauged anew."""
@@ -124,8 +125,15 @@ def _ladders(tensor: Tensor) -> dict[str, Tensor]:
             outside = _hosvd_error(tensor, min(n * p, s), min(n * q, t))
             whole = chain_als(tensor, (n, p, q), sweeps=_SWEEPS).error
             widths.append(math.sqrt(p / s * (q / t)))
-            errors.append(min(1.0, max(FLOOR, (whole - outside) / (1 - outside) if outside < 1 else 0.0)))
+            inside = max(FLOOR, (whole - outside) / (1 - outside) if outside < 1 else 0.0)
+            errors.append(min([inside, *errors[-1:]]))
         found["widths"].append([*widths, 1.0])
         found["errors"].append([*errors, 0.0])
     tables = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.items()}
     return {**tables, "groups": torch.tensor(groups, dtype=torch.float64)}
+
+
+def _hosvd_error(core: Tensor, wide: int, deep: int) -> float:
+    """What is outside of the leading channels of a kernel ``(D, S, T)`` that is in the bases of its HOSVD."""
+    whole = float(core.square().sum())
+    return 1 - float(core[:, :wide, :deep].square().sum()) / whole if whole > 0 else 0.0

@@ -82,7 +82,7 @@ class TkdCp:
             if not rows or core.numel() <= _LARGEST:
                 rows.append(resampled(*cp_ladder(core.float(), exact_rank(core.shape)), _POINTS))
         rows += [rows[-1]] * (len(_CORES) - len(rows))
-        return {**known, "errors": torch.stack(rows)}
+        return {**known, "errors": torch.tensor(rows, dtype=torch.float64)}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
         """What Tucker-2 loses, and of what it keeps the share that CP loses of a core of that size."""
@@ -93,7 +93,7 @@ class TkdCp:
         if rank >= top:
             return outside
         size = 1 + math.log(r_in * r_out / (s * t)) / (2 * math.log(1 / _CORES[0]))
-        inside = on_grid(prepared["errors"], (size, math.log(rank) / math.log(top)))
+        inside = on_grid(prepared["errors"].tolist(), size, math.log(rank) / math.log(top))
         return outside + (1 - outside) * inside
 
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
