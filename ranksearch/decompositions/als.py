@@ -33,6 +33,7 @@ Factors = tuple[Tensor, ...]
 Update = Callable[[int, Tensor, list[Tensor], Tensor], Tensor]
 """New factor of a mode from (mode, product ``(I_n, R)`` of the tensor with the other factors, Gram matrices of all
 factors, old factor)."""
+Step = Callable[[Factors, float], tuple[Factors, float]]
 
 SWEEPS = 100
 TOLERANCE = 1e-4
@@ -87,15 +88,14 @@ def cp_als(
         return Fit(factors=zeros, error=0.0, sweeps=0)
     if given is not None:
         given = rebalanced([*(f.double() for f in given[:-1]), given[-1].double() / norm])
-    best: Fit | None = None
-    taken = 0
-    for attempt in range(max(restarts, 1)):
-        fit = _attempt(whole, rank, given if attempt == 0 else None, sweeps, tolerance, (seed, attempt))
-        taken += fit.sweeps
-        best = fit if best is None or fit.error < best.error else best
-    assert best is not None
+    fits = [
+        _attempt(whole, rank, given if attempt == 0 else None, sweeps, tolerance, (seed, attempt))
+        for attempt in range(max(restarts, 1))
+    ]
+    best = min(fits, key=lambda fit: fit.error)
     factors = rebalanced([*best.factors[:-1], best.factors[-1] * norm])
-    return Fit(factors=factors, error=best.error, sweeps=taken)
+    error = min(1.0, squared_error(tensor.detach(), factors) / norm**2)
+    return Fit(factors=factors, error=error, sweeps=sum(fit.sweeps for fit in fits))
 
 
 def cp_als_all(
@@ -272,32 +272,55 @@ def _random(tensor: Tensor, rank: int, seed: tuple[int, int]) -> Factors:
 
 
 def _descended(tensor: Tensor, start: Factors, sweeps: int, tolerance: float) -> Fit:
-    """Sweeps with momentum from ``start``; the best factors met, and their error."""
-    best = here = start
+    """Sweeps from ``start`` over a tensor of norm 1; the best factors met, and their error."""
     error = squared_error(tensor, start)
-    errors, momentum, taken = [error], 0.5, 0
     work = tensor
-    while taken < sweeps and error > _EXACT:
-        if error < _SINGLE and work.dtype != torch.float64:
+
+    def step(factors: Factors, least: float) -> tuple[Factors, float]:
+        nonlocal work
+        if least < _SINGLE and work.dtype != torch.float64:
             work = tensor.double()
-        rho = torch.finfo(work.dtype).eps * here[0].shape[1]
-        new, product, grams = sweep(work, here, partial(_solved, rho=rho))
-        new_error = float(1.0 - 2.0 * (product * new[-1]).sum() + (others(grams, len(grams) - 1) * grams[-1]).sum())
-        if new_error < 1e-9:
-            new_error = squared_error(work, new)
-        new = rebalanced(new)
+        rho = torch.finfo(work.dtype).eps * factors[0].shape[1]
+        new, product, grams = sweep(work, factors, partial(_solved, rho=rho))
+        found = float(1.0 - 2.0 * (product * new[-1]).sum() + (others(grams, len(grams) - 1) * grams[-1]).sum())
+        return rebalanced(new), found if found > 1e-9 else squared_error(work, new)
+
+    factors, error, taken = accelerated(start, error, step, sweeps=sweeps, tolerance=tolerance, enough=_EXACT)
+    return Fit(factors=factors, error=error, sweeps=taken)
+
+
+def accelerated(
+    start: Factors, value: float, step: Step, *, sweeps: int, tolerance: float, enough: float = 0.0
+) -> tuple[Factors, float, int]:
+    """The best factors, their value and the number of steps, where every step restarts ahead of the best so far.
+
+    Momentum grows while the value falls. A step that raises the value is undone and the next starts from the best
+    itself; steps that do not rise from there make the whole monotone, and a rise from there ends it.
+
+    Args:
+        start: factors to begin with.
+        value: their value.
+        step: from factors and the least value so far to new factors and their value, infinite where they break a bound.
+        sweeps: the most steps.
+        tolerance: stop when a step lowers the value by less than this share of it, on average over ten.
+        enough: a value at which to stop.
+    """
+    best = here = start
+    values, momentum, taken = [value], 0.5, 0
+    while taken < sweeps and value > enough:
+        new, found = step(here, value)
         taken += 1
-        if new_error <= error:
+        if found <= value:
             here = tuple(n + momentum * (n - b) for n, b in zip(new, best, strict=True))
-            best, error, momentum = new, new_error, min(1.15 * momentum, 0.98)
-        else:
-            if here is best:
-                break
-            here, momentum = best, 0.4
-        errors.append(error)
-        if len(errors) > 10 and errors[-11] - error < 10 * tolerance * errors[-11]:
+            best, value, momentum = new, found, min(1.15 * momentum, 0.98)
+        elif here is best:
             break
-    return Fit(factors=best, error=min(1.0, squared_error(tensor, best)), sweeps=taken)
+        else:
+            here, momentum = best, 0.4
+        values.append(value)
+        if len(values) > 10 and values[-11] - value < 10 * tolerance * values[-11]:
+            break
+    return best, value, taken
 
 
 def compressed(tensor: Tensor, rank: int) -> tuple[Tensor, list[Tensor]]:
