@@ -8,6 +8,7 @@ the table of ``tests/cases.py``, which runs the whole conformance suite on it.
 
 from __future__ import annotations
 
+from ranksearch.decompositions.cp import Cp
 from ranksearch.decompositions.format import (
     Format,
     Kind,
@@ -23,9 +24,20 @@ from ranksearch.decompositions.format import (
 from ranksearch.decompositions.grid import rank_grid
 from ranksearch.decompositions.measures import Report, report
 from ranksearch.decompositions.svd import ChannelSvd, SpatialSvd, Svd
+from ranksearch.decompositions.tensor_chain import TensorChain
+from ranksearch.decompositions.tensor_train import TensorTrain
+from ranksearch.decompositions.tkd_cp import TkdCp
 from ranksearch.decompositions.tucker2 import Tucker2
 
-FORMATS: dict[str, Format] = {form.name: form for form in (Tucker2(), Svd(), SpatialSvd(), ChannelSvd())}
+_SLICED: tuple[Format, ...] = (Tucker2(), Svd(), SpatialSvd(), ChannelSvd())
+_FITTED: tuple[Format, ...] = (
+    Cp("cp", apart=False),
+    Cp("cp4", apart=True),
+    TkdCp(),
+    TensorChain(),
+    TensorTrain(),
+)
+FORMATS: dict[str, Format] = {form.name: form for form in (*_SLICED, *_FITTED)}
 
 __all__ = [
     "FORMATS",

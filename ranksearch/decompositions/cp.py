@@ -102,15 +102,20 @@ class Cp:
 def depthwise(conv: Conv, rank: int, axes: Sequence[tuple[int, ...]]) -> tuple[Conv, ...]:
     """Depthwise stages of ``rank`` channels, one after the other, with the spatial fields of ``conv`` along ``axes``."""
     stages: list[Conv] = []
-    size = conv.size
     for own in axes:
-        changes = {
-            field: tuple(value if axis in own else other for axis, value in enumerate(getattr(conv, field)))
-            for field, other in (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1))
-        }
-        stages.append(conv.resized(in_channels=rank, out_channels=rank, groups=rank, bias=False, size=size, **changes))
-        size = stages[-1].output_size
+        stage = along(conv, own, stages[-1].output_size if stages else conv.size)
+        stages.append(stage.resized(in_channels=rank, out_channels=rank, groups=rank))
     return tuple(stages)
+
+
+def along(conv: Conv, axes: Sequence[int], size: Sequence[int]) -> Conv:
+    """``conv`` along some of its spatial axes only, without bias, on an input of another ``size``."""
+    fields = (("kernel", 1), ("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
+    changes = {
+        field: tuple(value if axis in axes else idle for axis, value in enumerate(getattr(conv, field)))
+        for field, idle in fields
+    }
+    return conv.resized(size=tuple(size), bias=False, **changes)
 
 
 def pointwise(matrix: Tensor, ndim: int) -> Tensor:

@@ -30,23 +30,21 @@ def cp_ladder(tensor: Tensor, top: int) -> tuple[list[float], list[float]]:
         tensor: of any order.
         top: a rank at which CP is exact.
     """
-    ranks: list[float] = []
+    values = tensor.numel()
+    parameters = sum(tensor.shape)
+    # Up to the rank of as many parameters as values, where little is lost; which rungs depends on the sizes alone.
+    ranks = [1 << i for i in range(64) if (1 << i) < min(top, 1.5 * values / parameters)]
+    ranks = [rank for rank in ranks if 8.0 * _SWEEPS * values * rank <= _WORK] or [1]
     errors: list[float] = []
     fitted: Factors | None = None
-    rank, work = 1, 0.0
-    parameters = tensor.numel() / sum(tensor.shape)  # the rank of as many parameters as values, where little is lost
-    while rank < min(top, 1.5 * parameters):
-        work += 4.0 * _SWEEPS * tensor.numel() * rank
-        if work > _WORK:
-            break
+    for rank in ranks:
+        if errors and errors[-1] < FLOOR:
+            errors.append(errors[-1])
+            continue
         fit = cp_als(tensor, rank, start=fitted, sweeps=_SWEEPS)
         fitted = fit.factors
-        ranks.append(rank)
         errors.append(min([fit.error, *errors[-1:]]))
-        if fit.error < FLOOR:
-            break
-        rank *= 2
-    return [*ranks, top], [*errors, 0.0]
+    return [*(rank for rank in ranks if rank < top), top], [*errors[: sum(rank < top for rank in ranks)], 0.0]
 
 
 def interpolated(places: Sequence[float], errors: Sequence[float], place: float) -> float:

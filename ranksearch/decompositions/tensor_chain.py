@@ -1,7 +1,7 @@
 """Tensor chain: 1x1 S to R p, one convolution p to q that all R groups share, 1x1 R q to T.
 
-The kernel as R Tucker-2 terms with one core, which is the order-3 loop of Phan et al. 2022 (arXiv 2203.02617); fitted by
-alternating least squares and stabilised, as ``loop.py`` says. R = 1 is ``tucker2``, p = q = 1 is CP with one spatial
+The kernel as R Tucker-2 terms with one core, which is the order-3 loop of Phan et al. 2022 (arXiv 2203.02617); fitted
+by alternating least squares and stabilised, as ``loop.py`` says. R = 1 is ``tucker2``, p = q = 1 is CP with one spatial
 filter. Activation-aware: the input mode is whitened by the input second moment. Not nested: fitted at each rank.
 """
 
@@ -15,20 +15,29 @@ from torch import Tensor
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions.cp import pointwise, unwhitened, whitened
-from ranksearch.decompositions.format import UNSTABILISED, Prepared, Ranks, Statistics, lost, require_plain, square_roots
+from ranksearch.decompositions.format import (
+    UNSTABILISED,
+    Prepared,
+    Ranks,
+    Statistics,
+    lost,
+    require_plain,
+    square_roots,
+)
 from ranksearch.decompositions.grid import distinct, shares
-from ranksearch.decompositions.ladder import FLOOR, interpolated
+from ranksearch.decompositions.ladder import interpolated
 from ranksearch.decompositions.loop import Cores, chain_als, correct_chain, regauge
 from ranksearch.decompositions.tucker2 import Tucker2
 from ranksearch.space import RanksSpec, StabiliseSpec
 
 _GROUPS = (2, 4, 8, 16)
 """Numbers of groups on offer; one group is ``tucker2``."""
-_SHARES = (0.125, 0.25, 0.5, 1.0)
+_SHARES = (0.25, 0.5, 1.0)
 """Widths R p / S, and as many R q / T, at which errors are measured."""
-_SWEEPS = 6
-_LARGEST = 128
-"""Channels that errors are measured on: of larger kernels their leading subspaces."""
+_SWEEPS = 4
+_LARGEST = 64
+"""Channels that errors are measured on: of larger kernels the leading subspaces, whose errors at the same widths are
+taken for those of the whole."""
 
 
 class TensorChain:
@@ -63,25 +72,23 @@ class TensorChain:
         if statistics is not None:
             known["root"], _ = square_roots(statistics.input_moment)
         bases = Tucker2().prepare(weight, statistics)
-        core = bases["core"][: min(weight.shape[0], _LARGEST), : min(weight.shape[1], _LARGEST)]
-        return {**known, "energy": bases["energy"], **_ladders(_tensor(core))}
+        return {**known, "energy": bases["energy"], **_ladders(_tensor(bases["core"]))}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
-        """What Tucker-2 of all groups' channels loses, and of what it keeps the share that the chain was measured to.
+        """On a line between the widths measured, and no less than Tucker-2 of all groups' channels loses.
 
-        Of the numbers of groups measured, up to the one asked for, the best: fewer groups are a case of more. Between
-        the widths measured, the logarithm of the share is on a line.
+        Of the numbers of groups measured, up to the one asked for, the best: fewer groups are a case of more.
         """
         groups, p, q = ranks
         t, s = prepared["weight"].shape[:2]
         width = math.sqrt(p / s * (q / t))
-        kept = 1 - lost(prepared["energy"], (p, q))
+        least = lost(prepared["energy"], (p, q))
         tables = (prepared[name].tolist() for name in ("groups", "widths", "errors"))
-        for measured, *ladder in zip(*tables, strict=True):
+        for measured, widths, errors in zip(*tables, strict=True):
             if measured <= groups:
                 outside = lost(prepared["energy"], (min(int(measured) * p, s), min(int(measured) * q, t)))
-                kept = max(kept, (1 - outside) * (1 - interpolated(*ladder, width)))
-        return 1 - kept
+                least = min(least, max(outside, interpolated(widths, errors, width)))
+        return least
 
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """A fit in the metric of the input, stabilised, brought back from the metric and gauged anew."""
@@ -110,30 +117,26 @@ def _tensor(weight: Tensor) -> Tensor:
     return weight.flatten(2).permute(2, 1, 0)
 
 
-def _ladders(tensor: Tensor) -> dict[str, Tensor]:
-    """For some ``groups``: ``widths`` p / S from small to 1, and what a chain of that width loses within its subspace.
+def _ladders(core: Tensor) -> dict[str, Tensor]:
+    """For some ``groups``: ``widths`` p / S from small to 1, and the ``errors`` of chains of these widths.
 
-    The error less what Tucker-2 of the same channels loses, as a share of what that keeps.
+    Args:
+        core: the kernel ``(D, S, T)`` in the bases of its HOSVD; chains are fitted to its leading part.
     """
-    _, s, t = tensor.shape
+    _, s, t = core.shape
+    wide, deep = min(s, _LARGEST), min(t, _LARGEST)
+    part = core[:, :wide, :deep]
     groups = [n for n in _GROUPS if n <= min(s, t)]
-    found: dict[str, list[list[float]]] = {"widths": [], "errors": []}
+    tables: dict[str, list[list[float]]] = {"widths": [], "errors": []}
     for n in groups:
-        widths, errors = [], []
+        widths: list[float] = []
+        errors: list[float] = []
         for share in _SHARES:
-            p, q = (max(1, math.ceil(share * size / n)) for size in (s, t))
-            outside = _hosvd_error(tensor, min(n * p, s), min(n * q, t))
-            whole = chain_als(tensor, (n, p, q), sweeps=_SWEEPS).error
-            widths.append(math.sqrt(p / s * (q / t)))
-            inside = max(FLOOR, (whole - outside) / (1 - outside) if outside < 1 else 0.0)
-            errors.append(min([inside, *errors[-1:]]))
-        found["widths"].append([*widths, 1.0])
-        found["errors"].append([*errors, 0.0])
-    tables = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.items()}
-    return {**tables, "groups": torch.tensor(groups, dtype=torch.float64)}
-
-
-def _hosvd_error(core: Tensor, wide: int, deep: int) -> float:
-    """What is outside of the leading channels of a kernel ``(D, S, T)`` that is in the bases of its HOSVD."""
-    whole = float(core.square().sum())
-    return 1 - float(core[:, :wide, :deep].square().sum()) / whole if whole > 0 else 0.0
+            p, q = (max(1, math.ceil(share * size / n)) for size in (wide, deep))
+            fit = chain_als(part, (n, p, q), sweeps=_SWEEPS, restarts=0)
+            widths.append(math.sqrt(p / wide * (q / deep)))
+            errors.append(min([fit.error, *errors[-1:]]))
+        tables["widths"].append([*widths, 1.0])
+        tables["errors"].append([*errors, 0.0])
+    found = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in tables.items()}
+    return {**found, "groups": torch.tensor(groups, dtype=torch.float64)}

@@ -1,7 +1,7 @@
 """TKD-CP: Tucker-2, then CP of its core (Phan et al. 2020, arXiv 2008.05441).
 
-1x1 S to r_in, 1x1 to r, depthwise, 1x1 to r_out, 1x1 to T; two neighbouring 1x1 stages are folded into one where that is
-cheaper. The bases are those of ``tucker2``; the core is fitted at each rank, so it is not nested. The outer stages that
+1x1 S to r_in, 1x1 to r, depthwise, 1x1 to r_out, 1x1 to T; two neighbouring 1x1 stages are folded into one where that
+is cheaper. The bases are those of ``tucker2``; the core is fitted at each rank, so it is not nested. The outer stages that
 are not folded are orthonormal, and what makes them so goes into the core's factors.
 """
 
@@ -75,7 +75,7 @@ class TkdCp:
         known = {"weight": weight, **_BASES.prepare(weight, statistics)}
         if statistics is not None:
             known["root"], _ = square_roots(statistics.input_moment)
-        rows = []
+        rows: list[list[float]] = []
         for share in _CORES:
             r_out, r_in = (max(1, math.ceil(share * n)) for n in weight.shape[:2])
             core = _tensor(known["core"][:r_out, :r_in])
