@@ -1,18 +1,21 @@
 """THE table of convolutions and formats that the conformance suite runs over.
 
-Every format of the registry must be named in ``FORMATS``, with the layers that it is for and the einsum that composes
-its stages' kernels to the kernel of the convolution they replace.
+Every format of the registry must be named in ``FORMATS``, with the layers that it is for and what composes its
+stages' kernels to the kernel of the convolution they replace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import nn
 
 Family = Literal["spatial", "pointwise", "grouped"]
+Compose = str | Callable[[Sequence[np.ndarray]], np.ndarray]
+"""An einsum, or a function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,39 @@ class FormatCase:
 
     family: Family
     """The layers that it is for."""
-    compose: str
+    compose: Compose
     """Kernels of the stages, each ``(out, in, height, width)``, to ``(T, S, height, width)``."""
+    nested: bool = True
+    """Whether smaller ranks are slices of larger ones."""
+
+
+def _chain(stages: Sequence[np.ndarray]) -> np.ndarray:
+    """Of the tensor chain: (R p, S), the shared (q, p, height, width), (T, R q)."""
+    first, shared, last = stages
+    q, p = shared.shape[:2]
+    into, out_of = first.reshape(-1, p, first.shape[1]), last.reshape(last.shape[0], -1, q)
+    return np.einsum("rps,qpkl,trq->tskl", into, shared, out_of)
+
+
+def _apart(stages: Sequence[np.ndarray]) -> np.ndarray:
+    """Of CP with the spatial modes apart: a depthwise stage for every axis of the kernel, at least for one."""
+    first, *filters, last = stages
+    if len(filters) == 1:
+        filters.append(np.ones((filters[0].shape[0], 1, 1, 1)))
+    return np.einsum("rsxy,rukz,rvwl,trab->tskl" if filters[0].shape[3] == 1 else "rsxy,ruzl,rvkw,trab->tskl",
+                     first, *filters, last)  # fmt: skip
+
+
+def _folded(stages: Sequence[np.ndarray]) -> np.ndarray:
+    """Of CP after Tucker-2: matrices on both sides of the depthwise stage, the only one of one channel a group."""
+    sides: list[np.ndarray] = [np.eye(stages[0].shape[1])]
+    for stage in stages:
+        if stage.shape[2:] == (1, 1):
+            sides[-1] = stage[..., 0, 0] @ sides[-1]
+        else:
+            sides += [stage[:, 0], np.eye(stage.shape[0])]
+    into, filters, out_of = sides
+    return np.einsum("rs,rkl,tr->tskl", into, filters, out_of)
 
 
 FORMATS: dict[str, FormatCase] = {
@@ -30,6 +64,11 @@ FORMATS: dict[str, FormatCase] = {
     "svd": FormatCase(family="pointwise", compose="rskl,trxy->tskl"),
     "spatial-svd": FormatCase(family="spatial", compose="rsky,trxl->tskl"),
     "channel-svd": FormatCase(family="spatial", compose="rskl,trxy->tskl"),
+    "cp": FormatCase(family="spatial", compose="rsxy,rukl,trzw->tskl", nested=False),
+    "cp4": FormatCase(family="spatial", compose=_apart, nested=False),
+    "tkd-cp": FormatCase(family="spatial", compose=_folded, nested=False),
+    "tensor-chain": FormatCase(family="spatial", compose=_chain, nested=False),
+    "tensor-train": FormatCase(family="spatial", compose="asxy,bakz,cbwl,tcuv->tskl", nested=False),
 }
 
 

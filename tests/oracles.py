@@ -19,7 +19,8 @@ from tests.cases import FORMATS
 def kernel(name: str, stages: Sequence[Tensor]) -> np.ndarray:
     """Kernel ``(T, S, height, width)`` of a chain, float64."""
     whole = [stage.detach().double().reshape(*stage.shape, *[1] * (4 - stage.ndim)).numpy() for stage in stages]
-    return np.einsum(FORMATS[name].compose, *whole)
+    compose = FORMATS[name].compose
+    return np.einsum(compose, *whole) if isinstance(compose, str) else compose(whole)
 
 
 def with_kernel(layer: nn.Conv2d | nn.Linear, weight: np.ndarray, bias: Tensor) -> nn.Module:

@@ -2,8 +2,8 @@
 
 The kernel as a sum of r outer products (Lebedev et al. 2015, arXiv 1412.6553), fitted by alternating least squares and
 stabilised (Phan et al. 2020, arXiv 2008.05441). ``cp`` has the spatial modes in one: a filter of full size a component.
-``cp4`` has them apart: a depthwise convolution along every spatial axis. Activation-aware: the input mode is whitened by
-the input second moment, so that the fit's error is that of the output. Not nested: fitted at each rank.
+``cp4`` has them apart: a depthwise convolution along every spatial axis. Activation-aware: the input mode is whitened
+by the input second moment, so that the fit's error is that of the output. Not nested: fitted at each rank.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Cp:
 
 
 def depthwise(conv: Conv, rank: int, axes: Sequence[tuple[int, ...]]) -> tuple[Conv, ...]:
-    """Depthwise stages of ``rank`` channels, one after the other, with the spatial fields of ``conv`` along ``axes``."""
+    """Depthwise stages of ``rank`` channels, each with the spatial fields of ``conv`` along some of its axes."""
     stages: list[Conv] = []
     for own in axes:
         stage = along(conv, own, stages[-1].output_size if stages else conv.size)

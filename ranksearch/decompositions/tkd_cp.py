@@ -1,8 +1,8 @@
 """TKD-CP: Tucker-2, then CP of its core (Phan et al. 2020, arXiv 2008.05441).
 
 1x1 S to r_in, 1x1 to r, depthwise, 1x1 to r_out, 1x1 to T; two neighbouring 1x1 stages are folded into one where that
-is cheaper. The bases are those of ``tucker2``; the core is fitted at each rank, so it is not nested. The outer stages that
-are not folded are orthonormal, and what makes them so goes into the core's factors.
+is cheaper. The bases are those of ``tucker2``; the core is fitted at each rank, so it is not nested. The outer stages
+that are not folded are orthonormal, and what makes them so goes into the core's factors.
 """
 
 from __future__ import annotations

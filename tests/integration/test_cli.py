@@ -446,15 +446,13 @@ def test_mistakes_in_a_space_are_told_all_at_once(run: Any, project: Path) -> No
     (project / "space.yaml").write_text(SPACE + "budget: {trails: 3}\nseed: soon\n")
     ended = run("search", "space.yaml")
     ended.error("2 problems", "$.budget.trails: unknown key", "Did you mean `trials`?", "$.seed", "'soon'")
-    names = (
-        "formats: [tucker2, tukcer2]\nfix: {conv1: {format: cp, ranks: [1]}}\nstrategy: {name: optuan, sampler: tpee}\n"
-    )
+    names = "formats: [tucker2, tukcer2]\nfix: {conv1: {format: cpd, ranks: [1]}}\nstrategy: {name: optuan, sampler: tpee}\n"
     (project / "space.yaml").write_text(SPACE + "sede: 1\n" + names)
     for command in ("inspect", "search"):
         told = run(command, "space.yaml")
-        told.error("5 problems", "$.sede: unknown key", "$.formats[1]", "'tukcer2'", "$.fix.conv1.format", "'cp'")
+        told.error("5 problems", "$.sede: unknown key", "$.formats[1]", "'tukcer2'", "$.fix.conv1.format", "'cpd'")
         told.error("$.strategy.name", "'optuan'", "$.strategy.sampler", "'tpee'")
-    space = {"model": {"name": "digits-cnn"}, "formats": ["cp"], "strategy": {"name": "optuan"}}
+    space = {"model": {"name": "digits-cnn"}, "formats": ["cpd"], "strategy": {"name": "optuan"}}
     with pytest.raises(ranksearch.RanksearchError, match="2 problems"):
         ranksearch.search(ranksearch.parse_space(space))
     run("search", "space.yaml", "--set", "trials").error("a setting must be dotted.key=value")
