@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranksearch.decompositions.format import descending_eigh
+from ranksearch.decompositions.peel import compressed, peel
 from ranksearch.errors import DecompositionError, RankError
 
 Factors = tuple[Tensor, ...]
@@ -249,13 +249,13 @@ def _attempt(
 ) -> Fit:
     """One start: sweeps on the compressed tensor where that pays, then on the tensor itself."""
     if given is not None:
-        more = peel(tensor.double() - cp_tensor(given), rank - given[0].shape[1])
+        more = rebalanced(peel(tensor.double() - cp_tensor(given), rank - given[0].shape[1]))
         start = tuple(torch.cat(pair, 1) for pair in zip(given, more, strict=True))
         return _descended(tensor, start, sweeps, tolerance)
     core, bases = compressed(tensor, rank)
     smaller = core.numel() <= tensor.numel() // 2
     small = core if smaller else tensor
-    start = peel(small, rank) if seed[1] == 0 else _random(small, rank, seed)
+    start = rebalanced(peel(small, rank)) if seed[1] == 0 else _random(small, rank, seed)
     fit = _descended(small, start, sweeps, tolerance)
     if not smaller:
         return fit
@@ -272,7 +272,8 @@ def _random(tensor: Tensor, rank: int, seed: tuple[int, int]) -> Factors:
 
 
 def _descended(tensor: Tensor, start: Factors, sweeps: int, tolerance: float) -> Fit:
-    """Sweeps from ``start`` over a tensor of norm 1; the best factors met, and their error."""
+    """Sweeps from ``start`` over a tensor of norm 1 or less; the best factors met, and their squared error."""
+    total = float(tensor.double().square().sum())
     error = squared_error(tensor, start)
     work = tensor
 
@@ -282,7 +283,7 @@ def _descended(tensor: Tensor, start: Factors, sweeps: int, tolerance: float) ->
             work = tensor.double()
         rho = torch.finfo(work.dtype).eps * factors[0].shape[1]
         new, product, grams = sweep(work, factors, partial(_solved, rho=rho))
-        found = float(1.0 - 2.0 * (product * new[-1]).sum() + (others(grams, len(grams) - 1) * grams[-1]).sum())
+        found = float(total - 2.0 * (product * new[-1]).sum() + (others(grams, len(grams) - 1) * grams[-1]).sum())
         return rebalanced(new), found if found > 1e-9 else squared_error(work, new)
 
     factors, error, taken = accelerated(start, error, step, sweeps=sweeps, tolerance=tolerance, enough=_EXACT)
@@ -321,48 +322,3 @@ def accelerated(
         if len(values) > 10 and values[-11] - value < 10 * tolerance * values[-11]:
             break
     return best, value, taken
-
-
-def compressed(tensor: Tensor, rank: int) -> tuple[Tensor, list[Tensor]]:
-    """The tensor in the leading eigenvectors of its modes, a quarter more than ``rank`` of each, and these bases."""
-    core, bases = tensor, []
-    for mode, size in enumerate(tensor.shape):
-        keep = min(size, rank + max(8, rank // 4))
-        if keep < size:
-            rows = core.movedim(mode, 0).flatten(1)
-            basis = descending_eigh((rows @ rows.T).double())[1][:, :keep].contiguous()
-            core = torch.tensordot(basis.T.to(core.dtype), core, ([1], [mode])).movedim(0, mode)
-        else:
-            basis = torch.eye(size, dtype=torch.float64, device=tensor.device)
-        bases.append(basis)
-    return core.contiguous(), bases
-
-
-def peel(tensor: Tensor, rank: int) -> Factors:
-    """``rank`` outer products of slices of the tensor along all but its two largest modes: orthogonal terms.
-
-    The other modes are rotated to their principal axes, so that few slices hold most of the norm; the leading singular
-    triples over all slices are the terms. Exact at (product of the other sizes) times the smaller of the two; columns
-    beyond are 0. The squared error falls by the squared norm of every term.
-    """
-    core, bases = compressed(tensor.double(), rank)
-    order = sorted(range(core.ndim), key=lambda mode: core.shape[mode])
-    small, (rows, columns) = sorted(order[:-2]), order[-1:] + order[-2:-1]
-    axes = []
-    for mode in small:
-        flat = core.movedim(mode, 0).flatten(1)
-        axes.append(descending_eigh(flat @ flat.T)[1])
-        core = torch.tensordot(axes[-1].T, core, ([1], [mode])).movedim(0, mode)
-    slices = core.permute(*small, rows, columns).reshape(-1, core.shape[rows], core.shape[columns])
-    energies, right = torch.linalg.eigh(slices.mT @ slices)
-    chosen = energies.flatten().argsort(descending=True, stable=True)[:rank]
-    piece, column = chosen // energies.shape[1], chosen % energies.shape[1]
-    factors = [torch.empty(0)] * core.ndim
-    factors[columns] = right[piece, :, column].T
-    left = slices @ right
-    factors[rows] = left[piece, :, column].T
-    for mode, axis in zip(reversed(small), reversed(axes), strict=True):
-        factors[mode] = axis[:, piece % axis.shape[0]]
-        piece = piece // axis.shape[0]
-    whole = [basis @ factor for basis, factor in zip(bases, factors, strict=True)]
-    return rebalanced([torch.nn.functional.pad(f, (0, rank - f.shape[1])) for f in whole])

@@ -22,7 +22,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ranksearch.decompositions.als import Factors, accelerated, cp_tensor, others, rebalanced, squared_error, sweep
+from ranksearch.decompositions.als import (
+    Factors,
+    accelerated,
+    cp_tensor,
+    others,
+    rebalanced,
+    squared_error,
+    sweep,
+)
+from ranksearch.decompositions.peel import compressed
 from ranksearch.errors import DecompositionError
 
 Objective = Literal["sensitivity", "norms"]
@@ -39,16 +48,12 @@ _MARGIN = 1e-9
 
 def cp_sensitivity(factors: Sequence[Tensor]) -> float:
     """Expected squared error of the tensor per unit variance of independent noise on every entry of the factors."""
-    squares = [f.double().square().sum(0) for f in factors]
-    terms = [f.shape[0] * _product(squares, n) for n, f in enumerate(factors)]
-    return float(torch.stack(terms).sum())
+    return _sensitivity(factors, [f.shape[0] for f in factors])
 
 
 def rebalance(factors: Sequence[Tensor]) -> Factors:
     """The same tensor at its least sensitivity by scaling: in every component |a^(n)|^2 proportional to I_n."""
-    order = len(factors)
-    mean = math.prod(f.shape[0] for f in factors) ** (0.5 / order)
-    return tuple(f * (f.shape[0] ** 0.5 / mean) for f in rebalanced([f.double() for f in factors]))
+    return _balanced(factors, [f.shape[0] for f in factors])
 
 
 def degeneracy(factors: Sequence[Tensor]) -> float:
@@ -88,15 +93,14 @@ def correct(
     bound = slack * slack * error
     if error <= _EXACT or bound >= 1.0:
         return _scaled(factors, norm)
-    update = partial(_least_sensitive, bound=bound, sizes=unit.shape, objective=objective)
-
-    def step(factors: Factors, _: float) -> tuple[Factors, float]:
-        new, product, grams = sweep(unit, factors, update)
-        kept = _error(product, new, grams) <= bound
-        return (new := rebalance(new)), _objective(new, objective) if kept else math.inf
-
-    value = _objective(factors, objective)
-    return _scaled(accelerated(factors, value, step, sweeps=sweeps, tolerance=tolerance)[0], norm)
+    descend = partial(_descended, sizes=unit.shape, objective=objective, tolerance=tolerance)
+    core, bases = _within(unit, factors)
+    if core.numel() <= unit.numel() // 2:
+        inside = [b.T @ f for b, f in zip(bases, factors, strict=True)]
+        better = descend(core, inside, bound - (1.0 - float(core.square().sum())), sweeps=sweeps)
+        factors = tuple(b @ f for b, f in zip(bases, better, strict=True))
+        sweeps = sweeps // 4
+    return _scaled(descend(unit, factors, bound, sweeps=sweeps), norm)
 
 
 def bounded(
@@ -134,7 +138,7 @@ def bounded(
 
     def step(factors: Factors, _: float) -> tuple[Factors, float]:
         new, product, grams = sweep(unit, factors, update)
-        error = _error(product, new, grams)
+        error = _error(1.0, product, new, grams)
         return (new := rebalance(new)), error if cp_sensitivity(new) <= cap else math.inf
 
     error = squared_error(unit, factors)
@@ -156,9 +160,60 @@ def _scaled(factors: Factors, norm: float) -> Factors:
     return rebalance([*factors[:-1], factors[-1] * (norm if norm > 0 else 1.0)])
 
 
-def _objective(factors: Sequence[Tensor], objective: Objective) -> float:
+def _within(tensor: Tensor, factors: Factors) -> tuple[Tensor, list[Tensor]]:
+    """The tensor in bases that hold the factors and the leading eigenvectors of its modes, and these bases.
+
+    The factors keep their residual there, but for the part of the tensor outside, which no factors inside can change.
+    """
+    rank, core = factors[0].shape[1], tensor
+    _, leading = compressed(tensor, rank // 4)
+    bases = []
+    for mode, (factor, axes) in enumerate(zip(factors, leading, strict=True)):
+        both = torch.cat([factor, axes[:, : rank // 4]], 1)
+        basis = torch.linalg.qr(both)[0] if both.shape[1] < both.shape[0] else torch.eye(len(both)).to(both)
+        core = torch.tensordot(basis.T, core, ([1], [mode])).movedim(0, mode)
+        bases.append(basis)
+    return core.contiguous(), bases
+
+
+def _descended(
+    tensor: Tensor,
+    factors: Sequence[Tensor],
+    bound: float,
+    *,
+    sizes: Sequence[int],
+    objective: Objective,
+    sweeps: int,
+    tolerance: float,
+) -> Factors:
+    """Sweeps that lower the objective, of factors of modes of these sizes, at a squared error up to ``bound``."""
+    total = float(tensor.square().sum())
+    update = partial(_least_sensitive, total=total, bound=bound, sizes=sizes, objective=objective)
+
+    def step(factors: Factors, _: float) -> tuple[Factors, float]:
+        new, product, grams = sweep(tensor, factors, update)
+        kept = _error(total, product, new, grams) <= bound
+        return (new := _balanced(new, sizes)), _objective(new, sizes, objective) if kept else math.inf
+
+    start = _balanced(factors, sizes)
+    return accelerated(start, _objective(start, sizes, objective), step, sweeps=sweeps, tolerance=tolerance)[0]
+
+
+def _balanced(factors: Sequence[Tensor], sizes: Sequence[int]) -> Factors:
+    """In every component the squared norms of the columns proportional to the sizes."""
+    mean = math.prod(sizes) ** (0.5 / len(sizes))
+    balanced = rebalanced([f.double() for f in factors])
+    return tuple(f * (n**0.5 / mean) for f, n in zip(balanced, sizes, strict=True))
+
+
+def _sensitivity(factors: Sequence[Tensor], sizes: Sequence[int]) -> float:
+    squares = [f.double().square().sum(0) for f in factors]
+    return float(torch.stack([n * _product(squares, mode) for mode, n in enumerate(sizes)]).sum())
+
+
+def _objective(factors: Sequence[Tensor], sizes: Sequence[int], objective: Objective) -> float:
     if objective == "sensitivity":
-        return cp_sensitivity(factors)
+        return _sensitivity(factors, sizes)
     return float(_product([f.square().sum(0) for f in factors]).sum())
 
 
@@ -180,17 +235,18 @@ def _least_sensitive(
     grams: list[Tensor],
     old: Tensor,
     *,
+    total: float,
     bound: float,
     sizes: Sequence[int],
     objective: Objective,
 ) -> Tensor:
-    """The factor of least weighted norm among those of squared error ``bound``; the tensor has norm 1.
+    """The factor of least weighted norm among those of squared error ``bound``; ``total`` is that of the tensor.
 
-    Along the path the error is ``1 - sum f^2/e + sum f^2 mu^2 / (e (e + mu)^2)``; its root is found in ``1 / mu``.
+    Along the path the error is ``total - sum f^2/e + sum f^2 mu^2 / (e (e + mu)^2)``; its root is found in ``1 / mu``.
     """
     weights = _weights([g.diagonal() for g in grams], mode, sizes, objective)
     path = _RidgePath(product, others(grams, mode), weights)
-    room = bound * (1 - _MARGIN) - 1e-14 - (1.0 - float((path.squares / path.values).sum()))
+    room = bound * (1 - _MARGIN) - 1e-14 - (total - float((path.squares / path.values).sum()))
     if room <= 0:
         return path.factor(0.0)
     inverse = _root(path.squares / path.values**3, 1 / path.values, room)
@@ -209,9 +265,9 @@ def _least_error(
     return path.factor(_root(path.squares, path.values, room))
 
 
-def _error(product: Tensor, factors: Factors, grams: list[Tensor]) -> float:
-    """Squared error of the factors of a sweep; the tensor has norm 1."""
-    return float(1.0 - 2.0 * (product * factors[-1]).sum() + (others(grams, len(grams) - 1) * grams[-1]).sum())
+def _error(total: float, product: Tensor, factors: Factors, grams: list[Tensor]) -> float:
+    """Squared error of the factors of a sweep over a tensor of squared norm ``total``."""
+    return float(total - 2.0 * (product * factors[-1]).sum() + (others(grams, len(grams) - 1) * grams[-1]).sum())
 
 
 class _RidgePath:
@@ -226,7 +282,8 @@ class _RidgePath:
 
     def factor(self, mu: float) -> Tensor:
         """``A(mu)``."""
-        return (self.rotated / (self.values + mu)) @ (self.vectors.T * self.scale)
+        factor: Tensor = (self.rotated / (self.values + mu)) @ (self.vectors.T * self.scale)
+        return factor
 
 
 def _root(numerators: Tensor, poles: Tensor, target: float) -> float:
