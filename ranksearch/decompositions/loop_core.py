@@ -22,7 +22,7 @@ Ring = tuple[Tensor, Tensor, Tensor]
 
 _DIRECT = 320
 """Unknowns in a row of a core above which its equations are solved in a Krylov space instead of by factorisation."""
-_KRYLOV = 10
+_KRYLOV = 8
 """Dimensions of that space: the core in hand is in it, so that a small space makes an update weak, never wrong."""
 
 
@@ -87,7 +87,7 @@ def least_squares(system: System) -> Tensor:
     """The best coordinates, damped towards those in hand by as little as makes the equations positive definite."""
     residual = system.target - system.old @ system.gamma
     eye = torch.eye(len(system.gamma), dtype=residual.dtype, device=residual.device)
-    for damping in (1e-13, 1e-11, 1e-9, 1e-7, 1e-5):
+    for damping in (1e-12, 1e-10, 1e-8, 1e-6):
         lower, failed = torch.linalg.cholesky_ex(system.gamma + damping * system.gamma.diagonal().mean() * eye)
         if not int(failed):
             return system.old + torch.cholesky_solve(residual.T, lower).T

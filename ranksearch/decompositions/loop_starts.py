@@ -42,7 +42,7 @@ def _deflated(unit: Tensor, blocks: int, p: int, q: int) -> Ring:
     firsts, lasts = [first], [last]
     residual = unit
     for _ in range(blocks - 1):
-        residual = residual - einsum("dqt,spr->dst", einsum("dqp,trq->dpt", core, lasts[-1]), firsts[-1])
+        residual = residual - einsum("dpt,spr->dst", einsum("dqp,trq->dpt", core, lasts[-1]), firsts[-1])
         ring: Ring = (core, *leading(residual, p, q))
         for _ in range(2):
             target = einsum("dsq,dqp->sp", einsum("dst,trq->dsq", residual, ring[2]), core)
