@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from ranksearch.calibration import Sample
 from ranksearch.data import Data, Split, to_input
-from ranksearch.decompositions import FORMATS, Kind
+from ranksearch.decompositions import FORMATS, Kind, Report
+from ranksearch.factors import factors_at, store, threads
 from ranksearch.models import build_model
-from ranksearch.pricing import kinds, store
+from ranksearch.pricing import kinds
 from ranksearch.refit import batch_norms, recalibrate, sequential_regression
 from ranksearch.space import Space
 from ranksearch.surgery import build_layer, channels_last, count_macs, count_params, kernel_of, replaced
@@ -54,17 +55,6 @@ def score(model: nn.Module, split: Split, data: Data, *, batch_images: int, devi
         correct += int((outputs.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
     return Score(accuracy=correct / len(split.labels), loss=loss / len(split.labels), images=len(split.labels))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """PyTorch limited to ``count`` CPU threads: the last bits of a result depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -106,6 +96,8 @@ class Bench:
     """Arithmetic of fine-tuning, settled once for a search: ``float32`` or ``bfloat16``."""
     weights_folder: Path
     """Where the weights of trials that may be on the front go."""
+    cache: Path
+    """Where factors that are fitted are kept, for all workers of the machine."""
 
     def __call__(self) -> Evaluator:
         """A warm evaluator."""
@@ -121,6 +113,8 @@ class Built:
     recalibrated: bool
     divergence: float
     """Mean Kullback-Leibler divergence from the dense network's outputs on the selection images, nats."""
+    reports: Mapping[str, Report]
+    """Error and stability of the factors that were fitted, by layer."""
 
 
 class Evaluator:
@@ -151,6 +145,7 @@ class Evaluator:
         """The outcome of one task.
 
         Raises:
+            DecompositionError: factors could not be fitted.
             FloatingPointError: activations or losses that are not finite; other exceptions of torch as they come.
         """
         started = time.perf_counter()
@@ -163,6 +158,8 @@ class Evaluator:
                 "recalibrated": built.recalibrated,
                 "divergence": built.divergence,
             }
+            if built.reports:
+                details["fitted"] = {name: asdict(found) for name, found in built.reports.items()}
             if steps_of(self.spec.fine_tune, len(self.data.train.labels)):
                 details["fine_tune_loss"] = self._fine_tune(built.model, task.seed)
             found = self._score(built.model, self.data.search)
@@ -203,7 +200,7 @@ class Evaluator:
             recalibrations = (False,)
         best: Built | None = None
         for kind in kinds(self.bench.space):
-            model = self._compress(picked, kind)
+            model, reports = self._compress(picked, kind)
             for recalibrated in recalibrations:
                 if recalibrated:
                     # Batches of near equal size: none of a single image, whose variance may not exist.
@@ -212,24 +209,31 @@ class Evaluator:
                 divergence = self._divergence(model)
                 if best is None or divergence < best.divergence:
                     kept = replaced(model, {}) if recalibrations[-1] != recalibrated else model
-                    best = Built(model=kept, kind=kind, recalibrated=recalibrated, divergence=divergence)
+                    best = Built(
+                        model=kept, kind=kind, recalibrated=recalibrated, divergence=divergence, reports=reports
+                    )
         if best is None or not np.isfinite(best.divergence):
             raise FloatingPointError("the compressed network's outputs are not finite")
         return best
 
-    def _compress(self, picked: Mapping[str, Candidate], kind: Kind) -> nn.Module:
-        """The network with factors of one kind, refitted if the space says so."""
+    def _compress(self, picked: Mapping[str, Candidate], kind: Kind) -> tuple[nn.Module, dict[str, Report]]:
+        """The network with factors of one kind, refitted if the space says so; and how the fitted layers came out."""
         modules: dict[str, nn.Module] = {}
-        convs = self.bench.table.convs
+        reports: dict[str, Report] = {}
+        convs, space = self.bench.table.convs, self.bench.space
         for name, candidate in picked.items():
             weight, bias = kernel_of(self.dense.get_submodule(name))
-            prepared = self.factors[name, candidate.format, kind]
-            form = FORMATS[candidate.format]
-            modules[name] = build_layer(form, convs[name], prepared, candidate.ranks, bias, weight.dtype)
+            prepared, form = self.factors[name, candidate.format, kind], candidate.format
+            fit = factors_at(form, convs[name], prepared, candidate.ranks, space.stabilise, self.bench.cache)
+            if fit.report is not None:
+                reports[name] = fit.report
+            modules[name] = build_layer(
+                FORMATS[form], convs[name], prepared, candidate.ranks, bias, weight.dtype, fit.kernels
+            )
         model = channels_last(replaced(self.dense, modules))
         if self.spec.refit:
             sequential_regression(model, modules, self.samples, self.refit_images)
-        return model
+        return model, reports
 
     @torch.no_grad()
     def _divergence(self, model: nn.Module) -> float:

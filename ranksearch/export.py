@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ranksearch.errors import BudgetError, RankMapError
+from ranksearch.factors import store
 from ranksearch.front import knee
-from ranksearch.pricing import store
 from ranksearch.rankmap import LayerRanks, RankMap, WeightsRecord
 from ranksearch.study import Study
 from ranksearch.surgery import skeleton

@@ -14,7 +14,8 @@ from ranksearch.driver import Driver, Watch, finished, task_of
 from ranksearch.engine import build_engine
 from ranksearch.engine.resources import check
 from ranksearch.errors import Problem, SpaceError, StudyError
-from ranksearch.evaluation import Bench, Evaluator, threads
+from ranksearch.evaluation import Bench, Evaluator
+from ranksearch.factors import threads
 from ranksearch.preparation import Network, Notify, factorise, located, make_bench, read_network, settle, silent
 from ranksearch.pricing import unknown_formats
 from ranksearch.rankmap import RankMap
@@ -71,7 +72,7 @@ def search(
             study = store.create(name, setting)
         with study.driving():
             with threads(_all_threads()):
-                bench = make_bench(network, factors, setting, study.weights_folder, notify)
+                bench = make_bench(network, factors, setting, study.weights_folder, store.cache, notify)
             _run(study, bench, choices, tracker, notify, watch)
     return study
 
@@ -167,7 +168,7 @@ def bench_of(study: Study, store: Store, notify: Notify = silent) -> tuple[Netwo
                 "Restore them, or search again."
             )
         factors, _ = factorise(network, store.cache, notify)
-        return network, make_bench(network, factors, study.setting, study.weights_folder, notify)
+        return network, make_bench(network, factors, study.setting, study.weights_folder, store.cache, notify)
 
 
 def rebuild(study: Study, trial: Trial, store: Store, folder: Path, notify: Notify = silent) -> Outcome:

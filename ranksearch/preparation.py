@@ -25,8 +25,9 @@ from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
+from ranksearch.factors import content_hash, store
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
-from ranksearch.pricing import Factors, Selection, content_hash, decompose, price, select, store
+from ranksearch.pricing import Factors, Selection, decompose, price, select
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import DataSpec, Space
 from ranksearch.study import Setting
@@ -262,7 +263,9 @@ def versions() -> dict[str, str]:
 
 
 @torch.no_grad()
-def make_bench(network: Network, factors: Factors, setting: Setting, weights_folder: Path, notify: Notify) -> Bench:
+def make_bench(
+    network: Network, factors: Factors, setting: Setting, weights_folder: Path, cache: Path, notify: Notify
+) -> Bench:
     """The bench of a search: what every evaluation needs, as arrays."""
     space, evaluation = setting.space, setting.space.evaluation
     if network.data.digest != setting.data_digest:
@@ -301,4 +304,5 @@ def make_bench(network: Network, factors: Factors, setting: Setting, weights_fol
         logits=torch.cat(logits).cpu().numpy(),
         dtype=setting.dtype,
         weights_folder=weights_folder,
+        cache=cache,
     )

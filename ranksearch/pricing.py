@@ -1,38 +1,37 @@
 """The price table: which layers are searched, and what every candidate costs and is predicted to lose.
 
-Every layer is decomposed once per format and kind of factors, at full rank, and kept on disk under a hash of all it
-depends on; candidates are slices of that.
+Every layer is prepared once per format and kind of factors, which predicts the error of all its candidates; their
+factors are slices of that, or fitted when a trial first asks for them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import product
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ranksearch.conv import Conv
-from ranksearch.decompositions import FORMATS, Kind, Statistics, check_ranks, compressed_stages, prepare
+from ranksearch.decompositions import (
+    FORMATS,
+    Kind,
+    Prepared,
+    Ranks,
+    Statistics,
+    check_ranks,
+    compressed_stages,
+    rank_grid,
+)
 from ranksearch.errors import BudgetError, DecompositionError, Problem, RankError, SpaceError, UnsupportedLayer
-from ranksearch.space import PinnedSpec, RanksSpec, Space
+from ranksearch.factors import prepared_factors
+from ranksearch.space import PinnedSpec, Space
 from ranksearch.surgery import Layer, count_macs, count_params, find_layers, kernel_of
 from ranksearch.table import DENSE, Candidate, LayerPrices, PriceTable
 
 Factors = dict[tuple[str, str, Kind], dict[str, Tensor]]
 """(layer, format, kind) to the prepared tensors."""
-
-_CACHE_VERSION = "1"
-"""Part of every cache key: raised when a format's prepared tensors change their meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +216,7 @@ def decompose(
         try:
             for kind in kinds(space):
                 known = statistics[name] if kind == "activation-aware" else None
-                found[name, form, kind] = _cached(form, selection.layers[name].conv, weight, known, cache)
+                found[name, form, kind] = prepared_factors(form, selection.layers[name].conv, weight, known, cache)
         except DecompositionError as error:
             if name in selection.pinned:
                 raise DecompositionError(f"{name}, which is pinned, cannot be decomposed: {error}") from error
@@ -226,67 +225,6 @@ def decompose(
             factors |= found
     made = {name for name, _, _ in factors}
     return factors, {name: reason for name, reason in failed.items() if name not in made}
-
-
-def _cached(form: str, conv: Conv, weight: Tensor, statistics: Statistics | None, cache: Path) -> dict[str, Tensor]:
-    """Prepared tensors from the cache, or computed and stored; an unreadable entry is computed again."""
-    path = cache / "factors" / f"{_key(form, conv, weight, statistics)}.safetensors"
-    if path.exists():
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError):
-            path.unlink(missing_ok=True)
-    prepared = prepare(FORMATS[form], conv, weight, statistics)
-    store(prepared, path)
-    return prepared
-
-
-def store(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all; raises OSError where that cannot be done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(_apart(tensors), name, metadata=metadata)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, none sharing memory with another: a module may be registered under two names."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        apart[key] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
-    return apart
-
-
-def _key(form: str, conv: Conv, weight: Tensor, statistics: Statistics | None) -> str:
-    """Hash of all that prepared tensors depend on."""
-    tensors = [weight]
-    if statistics is not None:
-        tensors += [
-            statistics.input_moment,
-            statistics.patch_mean,
-            statistics.output_mean,
-            statistics.output_covariance,
-        ]
-    return content_hash(tensors, f"{_CACHE_VERSION} {form} {conv}")
-
-
-def content_hash(tensors: Iterable[Tensor], text: str = "") -> str:
-    """Hash of a text and of tensors: dtype, shape and values."""
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def price(space: Space, selection: Selection, factors: Factors) -> tuple[PriceTable, dict[str, str]]:
@@ -318,8 +256,8 @@ def price(space: Space, selection: Selection, factors: Factors) -> tuple[PriceTa
         )
     pinned = []
     for name, pin in selection.pinned.items():
-        conv, energy = selection.layers[name].conv, factors[name, pin.format, kind]["energy"]
-        pinned.append((name, conv, _candidate(pin.format, conv, tuple(pin.ranks), energy)))
+        conv, prepared = selection.layers[name].conv, factors[name, pin.format, kind]
+        pinned.append((name, conv, _candidate(pin.format, conv, tuple(pin.ranks), prepared)))
     convs = [layer.conv for layer in layers] + [conv for _, conv, _ in pinned]
     table = PriceTable(
         layers=tuple(layers),
@@ -346,9 +284,9 @@ def _candidates(space: Space, selection: Selection, factors: Factors, name: str)
     for form in selection.searched[name]:
         if (name, form, kind) not in factors:
             continue
-        energy = factors[name, form, kind]["energy"]
-        for ranks in _rank_grid(space.ranks, FORMATS[form].max_rank(conv)):
-            found.append(_candidate(form, conv, ranks, energy))
+        prepared = factors[name, form, kind]
+        for ranks in rank_grid(FORMATS[form], conv, space.ranks):
+            found.append(_candidate(form, conv, ranks, prepared))
     found.sort(key=lambda c: (c.macs, c.error, c.params, c.format, c.ranks))
     kept: list[Candidate] = []
     for candidate in found:
@@ -357,28 +295,12 @@ def _candidates(space: Space, selection: Selection, factors: Factors, name: str)
     return (*kept, Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0))
 
 
-def _candidate(form: str, conv: Conv, ranks: tuple[int, ...], energy: Tensor) -> Candidate:
+def _candidate(form: str, conv: Conv, ranks: Ranks, prepared: Prepared) -> Candidate:
     stages = compressed_stages(FORMATS[form], conv, ranks)
     return Candidate(
         format=form,
         ranks=ranks,
         macs=sum(stage.macs for stage in stages),
         params=sum(stage.params for stage in stages),
-        error=max(0.0, 1.0 - float(energy[tuple(r - 1 for r in ranks)])),
+        error=FORMATS[form].error(prepared, ranks),
     )
-
-
-def _rank_grid(spec: RanksSpec, bounds: Sequence[int]) -> list[tuple[int, ...]]:
-    """The rank tuples to offer within ``bounds``."""
-
-    def rank(ratio: float, bound: int) -> int:
-        multiple = spec.rank_multiple
-        return min(bound, max(1, math.ceil(round(ratio * bound / multiple, 6))) * multiple)
-
-    if spec.values is not None:
-        return list(product(*(sorted({min(value, bound) for value in spec.values}) for bound in bounds)))
-    if spec.joint:
-        grid = [tuple(rank(ratio, bound) for bound in bounds) for ratio in sorted(spec.ratios)]
-    else:
-        grid = list(product(*(sorted({rank(ratio, bound) for ratio in spec.ratios}) for bound in bounds)))
-    return list(dict.fromkeys(grid))

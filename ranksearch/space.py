@@ -106,13 +106,32 @@ class RanksSpec(Section):
     ratios: Annotated[list[Ratio], Field(min_length=1)] = [
         0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9, 1.0,
     ]  # fmt: skip
-    """Candidate ranks, as shares of the largest rank of the layer."""
+    """Candidate ranks, as shares of the layer's largest rank; for ``cp`` and ``cp4`` of the rank at which the layer
+    costs as much as dense. ``tkd-cp`` takes them for its two channel ranks, ``tensor-chain`` for the channels that its
+    terms have together."""
     values: Annotated[list[Positive], Field(min_length=1)] | None = None
     """Candidate ranks as numbers, instead of ``ratios``; larger than a layer's largest rank means that one."""
     joint: bool = False
     """One ratio for all the ranks of a layer; else every combination that no other beats in both MACs and error."""
     rank_multiple: Positive = 1
     """Ranks are rounded up to a multiple of this (8 on many GPUs)."""
+
+
+class StabiliseSpec(Section):
+    """How the factors of formats that are fitted (``cp``, ``cp4``, ``tkd-cp``, ``tensor-chain``) are stabilised.
+
+    Large terms that cancel make a fit hard to train and to quantise. A fit's sensitivity is its expected squared error
+    per unit variance of noise on its factors. Formats that are sliced have nothing to stabilise.
+    """
+
+    method: Literal["epc", "norms", "bounded", "none"] = "epc"
+    """``epc``: the least sensitivity at an error within ``slack`` of the fit's. ``norms``: likewise the least sum of
+    the terms' squared norms. ``bounded``: the least error at a sensitivity within ``limit``. ``none``: only the scales of
+    the factors are balanced. The tensor chain knows ``epc`` alone and takes it for ``norms`` and ``bounded``."""
+    slack: Annotated[float, Field(ge=1)] = 1.05
+    """Allowed error (norm of the difference) of ``epc`` and ``norms``, as a multiple of the fit's."""
+    limit: Annotated[float, Field(gt=0)] = 2.0
+    """Allowed sensitivity of ``bounded``, as a multiple of that of as many orthogonal terms of equal size."""
 
 
 class BudgetSpec(Section):
@@ -229,6 +248,7 @@ class Space(Section):
     formats: Annotated[list[str], Field(min_length=1)] = ["tucker2", "svd"]
     """Formats a layer may take; dense is always among the choices."""
     ranks: RanksSpec = RanksSpec()
+    stabilise: StabiliseSpec = StabiliseSpec()
     objectives: Annotated[list[Literal["accuracy", "loss", "macs", "params"]], Field(min_length=2)] = [
         "accuracy",
         "macs",

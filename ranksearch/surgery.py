@@ -106,10 +106,16 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def build_layer(
-    form: Format, conv: Conv, prepared: Prepared, ranks: tuple[int, ...], bias: Tensor | None, dtype: torch.dtype
+    form: Format,
+    conv: Conv,
+    prepared: Prepared,
+    ranks: tuple[int, ...],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    kernels: list[Tensor] | None = None,
 ) -> nn.Module:
-    """The chain that replaces one layer at these ranks; ``bias`` is the dense layer's."""
-    weights, bias = chain(form, conv, prepared, ranks, bias)
+    """The chain that replaces one layer at these ranks; ``bias`` is the dense layer's, ``kernels`` are made if None."""
+    weights, bias = chain(form, conv, prepared, ranks, bias, kernels)
     return build_chain(compressed_stages(form, conv, ranks), [weight.to(dtype) for weight in weights], bias)
 
 

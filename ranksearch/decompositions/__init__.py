@@ -17,8 +17,11 @@ from ranksearch.decompositions.format import (
     chain,
     check_ranks,
     compressed_stages,
+    kernels,
     prepare,
 )
+from ranksearch.decompositions.grid import rank_grid
+from ranksearch.decompositions.measures import Report, report
 from ranksearch.decompositions.svd import ChannelSvd, SpatialSvd, Svd
 from ranksearch.decompositions.tucker2 import Tucker2
 
@@ -30,9 +33,13 @@ __all__ = [
     "Kind",
     "Prepared",
     "Ranks",
+    "Report",
     "Statistics",
     "chain",
     "check_ranks",
     "compressed_stages",
+    "kernels",
     "prepare",
+    "rank_grid",
+    "report",
 ]

@@ -1,15 +1,16 @@
 """What a format is: one convolution written as a chain of convolutions ("stages").
 
 A format supplies ``max_rank``, ``stages`` and ``factors``, the last in two steps: ``prepare`` does everything that does
-not depend on the ranks, once per layer, and ``factors`` slices. MACs, parameters, modules, bounds, gauge and biases are
-written once, for all formats, from these.
+not depend on the ranks, once per layer, and ``factors`` slices it or, where smaller ranks are no slices of larger ones,
+fits at the ranks asked for. MACs, parameters, modules, bounds, gauge and biases are written once, for all formats, from
+these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,12 +18,15 @@ from torch.nn import functional as F
 
 from ranksearch.conv import Conv
 from ranksearch.errors import DecompositionError, RankError, UnsupportedLayer
+from ranksearch.space import RanksSpec, StabiliseSpec
 
 Ranks = tuple[int, ...]
 Prepared = Mapping[str, Tensor]
-"""Tensors that ``factors`` slices. ``energy`` has one axis a rank: its entry ``[r1 - 1, r2 - 1, ...]`` is the share of
-the squared norm kept at those ranks, in the metric of the factors' kind."""
+"""Tensors that ``factors`` and ``error`` need."""
 Kind = Literal["weight-only", "activation-aware"]
+
+
+UNSTABILISED = StabiliseSpec(method="none")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,8 @@ class Format(Protocol):
     """One way to factorise a kernel ``(T, S, height, width)``."""
 
     name: str
+    nested: bool
+    """Whether smaller ranks are slices of larger ones; else ``factors`` is a fit, which is kept in the cache."""
 
     def max_rank(self, conv: Conv) -> Ranks:
         """The largest ranks, at which the format is exact; raises UnsupportedLayer with the reason."""
@@ -56,8 +62,21 @@ class Format(Protocol):
         """Everything that does not depend on the ranks; activation-aware where ``statistics`` is given."""
         ...
 
-    def factors(self, prepared: Prepared, ranks: Ranks) -> list[Tensor]:
-        """The kernels of the stages at these ranks."""
+    def error(self, prepared: Prepared, ranks: Ranks) -> float:
+        """Predicted share of the squared norm lost, 0 to 1, in the metric of the factors' kind; no fit, so cheap."""
+        ...
+
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+        """The kernels of the stages at these ranks: slices, or a fit that the stabiliser then works on."""
+        ...
+
+
+@runtime_checkable
+class OwnGrid(Protocol):
+    """What a format may have besides, where one ratio a rank makes no sense."""
+
+    def grid(self, conv: Conv, spec: RanksSpec) -> list[Ranks]:
+        """The rank tuples to offer for a layer."""
         ...
 
 
@@ -117,28 +136,68 @@ def compressed_stages(form: Format, conv: Conv, ranks: Ranks) -> tuple[Conv, ...
     return form.stages(conv.resized(bias=True), ranks)
 
 
-def chain(
-    form: Format, conv: Conv, prepared: Prepared, ranks: Ranks, bias: Tensor | None
-) -> tuple[list[Tensor], Tensor]:
-    """Kernels of the stages in the orthonormal gauge, and the bias ``(T,)`` of the last one.
-
-    Weight-only factors keep the dense ``bias``; activation-aware ones take the bias that keeps the mean output.
+def kernels(
+    form: Format, conv: Conv, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED
+) -> list[Tensor]:
+    """Kernels of the stages in a gauge that trains well: the orthonormal one, or for fits their own.
 
     Raises:
         RankError: ranks out of bounds.
+        DecompositionError: a fit failed.
     """
     check_ranks(form, conv, ranks)
-    weights = orthonormal_gauge(form.factors(prepared, ranks))
+    if form.nested:
+        return orthonormal_gauge(form.factors(prepared, ranks))
+    try:
+        fitted = form.factors(prepared, ranks, stabiliser)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined, unused-ignore]  # public, not re-exported
+        raise DecompositionError(
+            f"{form.name} at ranks {ranks} did not converge: {error}. Leave this layer dense, or change its ranks."
+        ) from error
+    if not all(bool(torch.isfinite(weight).all()) for weight in fitted):
+        raise DecompositionError(
+            f"{form.name} at ranks {ranks} gave factors that are not finite. "
+            "Leave this layer dense, or change its ranks."
+        )
+    return [weight.to(prepared["weight"].dtype).contiguous() for weight in fitted]
+
+
+def chain(
+    form: Format,
+    conv: Conv,
+    prepared: Prepared,
+    ranks: Ranks,
+    bias: Tensor | None,
+    weights: list[Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Kernels of the stages, and the bias ``(T,)`` of the last one.
+
+    Weight-only factors keep the dense ``bias``; activation-aware ones take the bias that keeps the mean output.
+
+    Args:
+        form: the format.
+        conv: geometry of the dense layer.
+        prepared: as :func:`prepare` gives it.
+        ranks: within the bounds.
+        bias: of the dense layer.
+        weights: the stages' :func:`kernels` at these ranks, where they are known already.
+
+    Raises:
+        RankError: ranks out of bounds.
+        DecompositionError: a fit failed.
+    """
+    weights = kernels(form, conv, prepared, ranks) if weights is None else weights
     if "patch_mean" in prepared:
-        bias = prepared["output_mean"] - response(weights, prepared["patch_mean"])
+        stages = compressed_stages(form, conv, ranks)
+        bias = prepared["output_mean"] - response(stages, weights, prepared["patch_mean"])
     return weights, weights[-1].new_zeros(conv.out_channels) if bias is None else bias
 
 
-def response(weights: list[Tensor], patch: Tensor) -> Tensor:
+def response(stages: Sequence[Conv], weights: Sequence[Tensor], patch: Tensor) -> Tensor:
     """Output ``(T,)`` of the chain, without bias, to one patch ``(S, height, width)`` under the kernel."""
     out = patch[None]
-    for weight in weights:
-        out = F.conv2d(out, weight.to(out.dtype))
+    for stage, weight in zip(stages, weights, strict=True):
+        out = F.conv2d(out, weight.to(out.dtype), groups=stage.groups)
     return out.flatten()
 
 
@@ -193,6 +252,11 @@ def square_roots(moment: Tensor, floor: float = 1e-6) -> tuple[Tensor, Tensor]:
     values, vectors = descending_eigh(moment)
     root = values.clamp_min(float(values[0]) * floor + 1e-30).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def lost(energy: Tensor, ranks: Ranks) -> float:
+    """The error of a nested format whose ``energy`` has one axis a rank: at ``[r1 - 1, ...]`` the share kept."""
+    return max(0.0, 1.0 - float(energy[tuple(r - 1 for r in ranks)]))
 
 
 def kept(energies: Tensor, total: Tensor | float) -> Tensor:

@@ -13,20 +13,24 @@ from torch import Tensor
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions.format import (
+    UNSTABILISED,
     Prepared,
     Ranks,
     Statistics,
     descending_eigh,
     kept,
+    lost,
     require_plain,
     square_roots,
 )
+from ranksearch.space import StabiliseSpec
 
 
 class ChannelSvd:
     """Rank ``(r,)``: the kernel with r outputs, then a 1x1 that mixes them."""
 
     name = "channel-svd"
+    nested = True
     pointwise = False
 
     def max_rank(self, conv: Conv) -> Ranks:
@@ -55,7 +59,11 @@ class ChannelSvd:
         energy = kept(energies, energies.sum())
         return {"first": first.reshape(-1, *weight.shape[1:]), "last": last, "energy": energy}
 
-    def factors(self, prepared: Prepared, ranks: Ranks) -> list[Tensor]:
+    def error(self, prepared: Prepared, ranks: Ranks) -> float:
+        """As ``energy`` tells."""
+        return lost(prepared["energy"], ranks)
+
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         (rank,) = ranks
         return [prepared["first"][:rank], prepared["last"][:, :rank, None, None]]
@@ -72,6 +80,7 @@ class SpatialSvd:
     """Rank ``(r,)``: a column (height x 1) S to r, then a row (1 x width) r to T."""
 
     name = "spatial-svd"
+    nested = True
 
     def max_rank(self, conv: Conv) -> Ranks:
         """``(min(S height, T width),)``."""
@@ -113,7 +122,11 @@ class SpatialSvd:
         last = right.reshape(-1, t, 1, width).transpose(0, 1)
         return {"first": first, "last": last, "energy": kept(values.square(), values.square().sum())}
 
-    def factors(self, prepared: Prepared, ranks: Ranks) -> list[Tensor]:
+    def error(self, prepared: Prepared, ranks: Ranks) -> float:
+        """As ``energy`` tells."""
+        return lost(prepared["energy"], ranks)
+
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         (rank,) = ranks
         return [prepared["first"][:rank], prepared["last"][:, :rank]]

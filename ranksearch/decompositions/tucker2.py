@@ -12,20 +12,24 @@ from torch import Tensor
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions.format import (
+    UNSTABILISED,
     Prepared,
     Ranks,
     Statistics,
     descending_eigh,
     kept,
+    lost,
     require_plain,
     square_roots,
 )
+from ranksearch.space import StabiliseSpec
 
 
 class Tucker2:
     """Ranks ``(r_in, r_out)``."""
 
     name = "tucker2"
+    nested = True
 
     def max_rank(self, conv: Conv) -> Ranks:
         """``(S, T)``."""
@@ -53,7 +57,11 @@ class Tucker2:
         energy = kept(core.square().sum((2, 3)).T, whitened.square().sum())
         return {"first": first, "core": core, "last": last, "energy": energy}
 
-    def factors(self, prepared: Prepared, ranks: Ranks) -> list[Tensor]:
+    def error(self, prepared: Prepared, ranks: Ranks) -> float:
+        """As ``energy`` tells."""
+        return lost(prepared["energy"], ranks)
+
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         r_in, r_out = ranks
         first, last = prepared["first"][:r_in], prepared["last"][:, :r_out]

@@ -18,7 +18,8 @@ from ranksearch.config import parse_space
 from ranksearch.data import Data, to_input
 from ranksearch.data.splits import without_duplicates
 from ranksearch.errors import StudyError
-from ranksearch.evaluation import Bench, Evaluator, score, threads
+from ranksearch.evaluation import Bench, Evaluator, score
+from ranksearch.factors import threads
 from ranksearch.models import build_model
 from ranksearch.preparation import Network, factorise, make_bench, read_network, settle, silent, statistics_of
 from ranksearch.space import AugmentSpec, BudgetSpec, FineTuneSpec
@@ -46,7 +47,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Bench]:
     factors, failed = factorise(network, folder / "cache")
     setting = settle(network, factors, failed)
     assert not failed
-    return network, make_bench(network, factors, setting, folder / "weights", silent)
+    return network, make_bench(network, factors, setting, folder / "weights", folder / "cache", silent)
 
 
 @pytest.fixture
@@ -253,7 +254,7 @@ def test_a_study_goes_on_with_its_own_images_only(prepared: tuple[Network, Bench
     report = replace(network.data.report, labels=labels)
     changed = replace(network, data=without_duplicates(replace(network.data, report=report)))
     with pytest.raises(StudyError, match="data must be those of the study"):
-        make_bench(changed, factors, setting, tmp_path, silent)
+        make_bench(changed, factors, setting, tmp_path, tmp_path / "cache", silent)
 
 
 def test_statistics_of_another_forward_pass_are_collected_afresh(

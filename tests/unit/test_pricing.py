@@ -16,8 +16,9 @@ from ranksearch.calibration import collect
 from ranksearch.config import parse_space
 from ranksearch.decompositions import FORMATS, Statistics
 from ranksearch.errors import BudgetError, DecompositionError, SpaceError
+from ranksearch.factors import store
 from ranksearch.models.cifar_resnet import resnet20
-from ranksearch.pricing import Factors, Selection, decompose, price, select, store
+from ranksearch.pricing import Factors, Selection, decompose, price, select
 from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
 from ranksearch.space import Space
 from ranksearch.surgery import apply_rank_map, skeleton
