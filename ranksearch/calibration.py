@@ -5,8 +5,11 @@ Everything is gathered in one pass by forward hooks; sums are kept in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from ranksearch.surgery import evaluating
 
 @torch.no_grad()
 def collect(model: nn.Module, convs: Mapping[str, Conv], batches: Iterable[Tensor]) -> dict[str, Statistics]:
-    """Statistics of the named layers over ``batches`` of images ``(N, C, H, W)``.
+    """Statistics of the named layers over ``batches`` of images ``(N, C, *size)``.
 
     Raises:
         DataError: no images, or activations that are not finite.
@@ -95,30 +98,25 @@ def as_image(x: Tensor, conv: Conv) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)[..., None] if conv.linear else x
 
 
-def taps(x: Tensor, conv: Conv) -> Iterable[tuple[int, int, Tensor]]:
-    """For every kernel element ``(i, j)``: the input pixels ``(N, S, H', W')`` that it meets."""
-    x, (height, width) = padded(x, conv), conv.output_size
-    for i in range(conv.kernel[0]):
-        for j in range(conv.kernel[1]):
-            top, left = i * conv.dilation[0], j * conv.dilation[1]
-            yield (
-                i,
-                j,
-                x[
-                    :,
-                    :,
-                    top : top + (height - 1) * conv.stride[0] + 1 : conv.stride[0],
-                    left : left + (width - 1) * conv.stride[1] + 1 : conv.stride[1],
-                ],
-            )
+def taps(x: Tensor, conv: Conv) -> Iterator[Tensor]:
+    """For every kernel element, in row-major order: the input pixels ``(N, S, *output)`` that it meets.
+
+    Those of a transposed convolution with the zeros between them: each output pixel meets few.
+    """
+    x = padded(x, conv)
+    for element in product(*map(range, conv.kernel)):
+        window: list[Any] = [...]
+        axes = zip(element, conv.kernel, conv.dilation, conv.stride, conv.output_size, strict=True)
+        for i, size, dilation, stride, pixels in axes:
+            start, step = ((size - 1 - i) * dilation, 1) if conv.transposed else (i * dilation, stride)
+            window.append(slice(start, start + (pixels - 1) * step + 1, step))
+        yield x[tuple(window)]
 
 
 def patch_means(x: Tensor, conv: Conv) -> Tensor:
-    """Mean patch ``(S, height, width)`` under the kernel, over images and output pixels."""
-    means = x.new_zeros((x.shape[1], *conv.kernel))
-    for i, j, pixels in taps(x, conv):
-        means[:, i, j] = pixels.mean((0, 2, 3))
-    return means
+    """Mean patch ``(S, *kernel)`` under the kernel, over images and output pixels."""
+    pixels = (0, *range(2, x.ndim))
+    return torch.stack([tap.mean(pixels) for tap in taps(x, conv)], -1).reshape(-1, *conv.kernel)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,13 +137,12 @@ def sample_outputs(
     generator = torch.Generator().manual_seed(seed)
     chosen: dict[str, Tensor] = {}
     for name, conv in convs.items():
-        count = conv.output_size[0] * conv.output_size[1]
-        chosen[name] = torch.randperm(count, generator=generator)[:pixels].sort().values
+        chosen[name] = torch.randperm(prod(conv.output_size), generator=generator)[:pixels].sort().values
     parts: dict[str, list[Tensor]] = {name: [] for name in convs}
 
     def keep(name: str, conv: Conv) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = as_image(output, conv).permute(0, 2, 3, 1).flatten(1, 2)
+            rows = as_image(output, conv).movedim(1, -1).flatten(1, -2)
             parts[name].append(rows[:, chosen[name].to(rows.device)].float().contiguous())
 
         return hook

@@ -22,6 +22,8 @@ from ranksearch.decompositions import (
     Statistics,
     check_ranks,
     compressed_stages,
+    error,
+    max_rank,
     rank_grid,
 )
 from ranksearch.errors import BudgetError, DecompositionError, Problem, RankError, SpaceError, UnsupportedLayer
@@ -160,7 +162,7 @@ def _usable_formats(space: Space, layer: Layer) -> tuple[tuple[str, ...], str | 
     usable, reasons = [], []
     for name in space.formats:
         try:
-            FORMATS[name].max_rank(layer.conv)
+            max_rank(FORMATS[name], layer.conv)
             usable.append(name)
         except KeyError:
             continue
@@ -302,5 +304,5 @@ def _candidate(form: str, conv: Conv, ranks: Ranks, prepared: Prepared) -> Candi
         ranks=ranks,
         macs=sum(stage.macs for stage in stages),
         params=sum(stage.params for stage in stages),
-        error=FORMATS[form].error(prepared, ranks),
+        error=error(FORMATS[form], conv, prepared, ranks),
     )

@@ -9,14 +9,15 @@ hook, in the moment the activations reach it, so any network works, whatever its
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ranksearch.calibration import Sample, as_image, taps
 from ranksearch.conv import Conv
-from ranksearch.surgery import evaluating, geometry
+from ranksearch.stages import geometry, kernel_of, set_kernel
+from ranksearch.surgery import evaluating
 
 
 @torch.no_grad()
@@ -26,10 +27,10 @@ def sequential_regression(
     """Refit, in place, the last stage of the named layers of the compressed ``model``.
 
     Args:
-        model: the compressed network; each named layer is a chain of stages whose last one has a bias.
+        model: the compressed network; each named layer is a chain that ends in a layer of torch's own, with a bias.
         names: the layers that were replaced.
         samples: the dense network's outputs of these layers on ``images``.
-        images: calibration images ``(N, C, H, W)``, the ones that the samples were taken on.
+        images: calibration images ``(N, C, *size)``, the ones that the samples were taken on.
         ridge: pull towards the factor there is, relative to the mean square of the features.
     """
     handles = []
@@ -49,12 +50,22 @@ def sequential_regression(
 
 
 def _regress(module: nn.Module, x: Tensor, sample: Sample, ridge: float) -> None:
-    """Weights and bias of one stage by ridge regression of ``sample`` on its input ``x``."""
+    """Weights and bias of one stage by ridge regression of ``sample`` on its input ``x``, one regression a group."""
     conv = geometry(module, tuple(x.shape))
     features = _features(as_image(x, conv), conv, sample.pixels.to(x.device))
     targets = sample.outputs.to(device=x.device, dtype=features.dtype).flatten(0, 1)
-    weight = cast(Tensor, module.weight)
-    current = weight.flatten(1).T.to(features.dtype)
+    weight, _ = kernel_of(module)
+    parts = zip(features.chunk(conv.groups, 1), targets.chunk(conv.groups, 1), weight.chunk(conv.groups), strict=True)
+    found = [_solve(own.flatten(1), out, kernel, ridge) for own, out, kernel in parts]
+    solved = [one for one in found if one is not None]
+    if len(solved) == len(found):
+        set_kernel(module, torch.cat([kernel for kernel, _ in solved]))
+        cast(Tensor, module.bias).copy_(torch.cat([bias for _, bias in solved]))
+
+
+def _solve(features: Tensor, targets: Tensor, kernel: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
+    """Kernel and bias of one group; None where the activations are too ill-conditioned to regress on."""
+    current = kernel.flatten(1).T.to(features.dtype)
     mean_in, mean_out = features.mean(0), targets.mean(0)
     features = features - mean_in
     gram = (features.T @ features).double()
@@ -64,18 +75,19 @@ def _regress(module: nn.Module, x: Tensor, sample: Sample, ridge: float) -> None
     system = gram + pull * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0:
-        return  # Activations too ill-conditioned to regress on: the factor stays as it is.
-    solution = torch.cholesky_solve(cross + pull * current.double(), factor).to(weight.dtype)
-    if bool(torch.isfinite(solution).all()):
-        weight.copy_(solution.T.reshape(weight.shape))
-        cast(Tensor, module.bias).copy_(mean_out - mean_in @ solution)
+        return None
+    solution = torch.cholesky_solve(cross + pull * current.double(), factor).to(kernel.dtype)
+    if not bool(torch.isfinite(solution).all()):
+        return None
+    return solution.T.reshape(kernel.shape), mean_out - mean_in @ solution
 
 
 def _features(x: Tensor, conv: Conv, pixels: Tensor) -> Tensor:
-    """Patches ``(N P, S height width)`` under the kernel at the given output pixels, ordered as the kernel is."""
+    """Patches ``(N P, S, *kernel)``, the kernel flat, under the kernel at the given output pixels."""
+    places: list[Any] = [slice(None), *torch.unravel_index(pixels, conv.output_size)]
     # Channels-last, a tap is rows of channels, and picking pixels copies only those picked.
-    patches = [tap.permute(0, 2, 3, 1)[:, pixels // tap.shape[3], pixels % tap.shape[3]] for _, _, tap in taps(x, conv)]
-    return torch.stack(patches, dim=-1).flatten(0, 1).flatten(1).float()
+    patches = [tap.movedim(1, -1)[tuple(places)] for tap in taps(x, conv)]
+    return torch.stack(patches, dim=-1).flatten(0, 1).float()
 
 
 @torch.no_grad()

@@ -151,6 +151,15 @@ def kernel_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, None if bias is None else bias.detach()
 
 
+@torch.no_grad()
+def set_kernel(module: nn.Module, kernel: Tensor) -> None:
+    """Write a kernel as :func:`kernel_of` gives it into the weight of a convolution or linear layer of torch."""
+    weight = cast(Tensor, module.weight)
+    if not isinstance(module, nn.Linear) and cast(nn.Conv2d, module).transposed:
+        kernel = turned(kernel, cast(nn.Conv2d, module).groups)
+    weight.copy_(kernel.reshape(weight.shape))
+
+
 def turned(weight: Tensor, groups: int) -> Tensor:
     """A kernel with in and out exchanged group by group: from torch's transposed layout to ours, and back."""
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)

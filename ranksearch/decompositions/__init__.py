@@ -18,8 +18,11 @@ from ranksearch.decompositions.format import (
     chain,
     check_ranks,
     compressed_stages,
+    error,
     kernels,
+    max_rank,
     prepare,
+    stages,
 )
 from ranksearch.decompositions.grid import rank_grid
 from ranksearch.decompositions.measures import Report, report
@@ -50,8 +53,11 @@ __all__ = [
     "chain",
     "check_ranks",
     "compressed_stages",
+    "error",
     "kernels",
+    "max_rank",
     "prepare",
     "rank_grid",
     "report",
+    "stages",
 ]

@@ -3,7 +3,8 @@
 A format supplies ``max_rank``, ``stages`` and ``factors``, the last in two steps: ``prepare`` does everything that does
 not depend on the ranks, once per layer, and ``factors`` slices it or, where smaller ranks are no slices of larger ones,
 fits at the ranks asked for. MACs, parameters, modules, bounds, gauge and biases are written once, for all formats, from
-these.
+these. So are grouped layers: a format sees one group at a time, as a convolution of its own, and the groups' stages run
+side by side.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ranksearch.conv import Conv
+from ranksearch.decompositions.gauge import orthonormal_gauge
 from ranksearch.errors import DecompositionError, RankError, UnsupportedLayer
 from ranksearch.space import RanksSpec, StabiliseSpec
 
 Ranks = tuple[int, ...]
 Prepared = Mapping[str, Tensor]
-"""Tensors that ``factors`` and ``error`` need."""
+"""Tensors that ``factors`` and ``error`` need; of a layer with groups, each with an axis of groups in front."""
 Kind = Literal["weight-only", "activation-aware"]
 
 
@@ -36,7 +38,8 @@ class Statistics:
     input_moment: Tensor
     """``(S, S)``: mean of x xᵀ over images and input pixels; ``(0, 0)`` for 1x1 kernels, where no format reads it."""
     patch_mean: Tensor
-    """``(S, height, width)``: mean of the patch under the kernel over images and output pixels, padding included."""
+    """``(S, *kernel)``: mean of the patch under the kernel over images and output pixels, padding included. That of a
+    transposed convolution holds the input pixel that each kernel element brings to the output pixel, or zero."""
     output_mean: Tensor
     """``(T,)``: mean of the layer's output, bias included."""
     output_covariance: Tensor
@@ -44,7 +47,7 @@ class Statistics:
 
 
 class Format(Protocol):
-    """One way to factorise a kernel ``(T, S, height, width)``."""
+    """One way to factorise a kernel ``(T, S, *kernel)``, of one to three spatial axes; groups it never sees."""
 
     name: str
     nested: bool
@@ -59,7 +62,11 @@ class Format(Protocol):
         ...
 
     def prepare(self, weight: Tensor, statistics: Statistics | None) -> Prepared:
-        """Everything that does not depend on the ranks; activation-aware where ``statistics`` is given."""
+        """Everything that does not depend on the ranks; activation-aware where ``statistics`` is given.
+
+        ``norm``, if it is among it, is the squared norm that ``error`` is a share of; without, it is that of the kernel
+        in the metric of the input moment.
+        """
         ...
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
@@ -80,60 +87,129 @@ class OwnGrid(Protocol):
         ...
 
 
+def max_rank(form: Format, conv: Conv) -> Ranks:
+    """The largest ranks of a layer (of each of its groups); raises UnsupportedLayer with the reason."""
+    if conv.depthwise:
+        raise UnsupportedLayer("depthwise: there is no channel mode to factorise")
+    return form.max_rank(conv.group)
+
+
 def check_ranks(form: Format, conv: Conv, ranks: Ranks) -> None:
     """Raise :class:`RankError`, naming the bounds, unless ``ranks`` are within them."""
-    bounds = form.max_rank(conv)
+    bounds = max_rank(form, conv)
     if len(ranks) != len(bounds) or not all(1 <= r <= bound for r, bound in zip(ranks, bounds, strict=False)):
+        groups = f" in {conv.groups} groups" if conv.groups > 1 else ""
         raise RankError(
             f"ranks of {form.name} must be {len(bounds)} integers from 1 to {bounds} for a layer of "
-            f"{conv.in_channels} to {conv.out_channels} channels, kernel {conv.kernel}; found {ranks}. "
+            f"{conv.in_channels} to {conv.out_channels} channels{groups}, kernel {conv.kernel}; found {ranks}. "
             "Choose ranks within the bounds."
         )
 
 
 def require_plain(conv: Conv, name: str, *, pointwise: bool) -> None:
-    """Raise :class:`UnsupportedLayer` for grouped layers, and for kernels that another format is meant for."""
-    if conv.groups == conv.in_channels and conv.groups > 1:
-        raise UnsupportedLayer("depthwise: there is no channel mode to factorise")
-    if conv.groups > 1:
-        raise UnsupportedLayer(f"grouped convolution (groups={conv.groups})")
+    """Raise :class:`UnsupportedLayer` for kernels that another format is meant for."""
     if pointwise and not conv.pointwise:
         raise UnsupportedLayer(f"{name} is for 1x1 convolutions and linear layers, the kernel is {conv.kernel}")
     if not pointwise and conv.pointwise:
         raise UnsupportedLayer(f"{name} needs a spatial kernel, the kernel is 1x1: use svd")
 
 
-def prepare(form: Format, conv: Conv, weight: Tensor, statistics: Statistics | None = None) -> dict[str, Tensor]:
-    """The prepared tensors of one layer in float32, with what its biases need.
+def stages(form: Format, conv: Conv, ranks: Ranks) -> tuple[Conv, ...]:
+    """The chain of convolutions that replaces a layer, those of all groups side by side."""
+    alone = form.stages(conv.group, ranks)
+    return alone if conv.groups == 1 else tuple(stage.times(conv.groups) for stage in alone)
+
+
+def compressed_stages(form: Format, conv: Conv, ranks: Ranks) -> tuple[Conv, ...]:
+    """The chain that replaces a layer; it always ends with a bias, which keeps the mean of the layer's output."""
+    return stages(form, conv.resized(bias=True), ranks)
+
+
+def prepare(
+    form: Format,
+    conv: Conv,
+    weight: Tensor,
+    statistics: Statistics | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The prepared tensors of one layer, with what its biases need; computed in float64 whatever ``dtype`` they get.
 
     Args:
         form: the format.
         conv: geometry of the dense layer.
-        weight: dense kernel ``(T, S, height, width)``; a linear layer's as ``(T, S, 1, 1)``.
+        weight: dense kernel ``(T, S / groups, *kernel)``; a linear layer's as ``(T, S, 1, 1)``.
         statistics: of the layer, for activation-aware factors; weight-only without.
+        dtype: of the tensors.
 
     Raises:
         UnsupportedLayer: the format is not for this layer.
         DecompositionError: the kernel or the statistics are not finite, or a decomposition failed.
     """
-    form.max_rank(conv)
+    max_rank(form, conv)
     if not bool(torch.isfinite(weight).all()):
         raise DecompositionError("the kernel holds NaN or infinite values. Check the pretrained weights.")
-    try:
-        prepared = dict(form.prepare(weight.double(), statistics))
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined, unused-ignore]  # public, not re-exported
-        raise DecompositionError(f"{form.name} did not converge: {error}. Leave this layer dense.") from error
+    parts = []
+    for group, own in enumerate(weight.double().chunk(conv.groups)):
+        known = statistics if statistics is None or conv.groups == 1 else _of_group(statistics, conv.groups, group)
+        try:
+            parts.append({"norm": _norm(own, known), **form.prepare(own, known)})
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined, unused-ignore]  # public, not re-exported
+            raise DecompositionError(f"{form.name} did not converge: {error}. Leave this layer dense.") from error
+    prepared = (
+        parts[0] if conv.groups == 1 else {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    )
     if statistics is not None:
         prepared |= {"patch_mean": statistics.patch_mean, "output_mean": statistics.output_mean}
     broken = [name for name, value in prepared.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise DecompositionError(f"{form.name} gave values that are not finite in {', '.join(broken)}.")
-    return {name: value.float().contiguous() for name, value in prepared.items()}
+    return {name: value.to(dtype).contiguous() for name, value in prepared.items()}
 
 
-def compressed_stages(form: Format, conv: Conv, ranks: Ranks) -> tuple[Conv, ...]:
-    """The chain that replaces a layer; it always ends with a bias, which keeps the mean of the layer's output."""
-    return form.stages(conv.resized(bias=True), ranks)
+def _of_group(statistics: Statistics, groups: int, group: int) -> Statistics:
+    """What the images show of one group of a layer."""
+
+    def own(x: Tensor, *axes: int) -> Tensor:
+        for axis in axes:
+            x = x.chunk(groups, axis)[group]
+        return x
+
+    moment = statistics.input_moment
+    return Statistics(
+        input_moment=own(moment, 0, 1) if moment.numel() else moment,
+        patch_mean=own(statistics.patch_mean, 0),
+        output_mean=own(statistics.output_mean, 0),
+        output_covariance=own(statistics.output_covariance, 0, 1),
+    )
+
+
+def _norm(weight: Tensor, statistics: Statistics | None) -> Tensor:
+    """Squared norm of a kernel in the metric of the input moment, where that is known."""
+    if statistics is None or not statistics.input_moment.numel():
+        return weight.square().sum()
+    flat = weight.flatten(2)
+    return torch.einsum("tsk,sr,trk->", flat, statistics.input_moment, flat)
+
+
+_WHOLE = ("patch_mean", "output_mean")
+"""Prepared tensors that have no axis of groups: they are the layer's."""
+
+
+def _of(prepared: Prepared, conv: Conv) -> list[Prepared]:
+    """The prepared tensors of every group."""
+    if conv.groups == 1:
+        return [prepared]
+    split = {name: value for name, value in prepared.items() if name not in _WHOLE}
+    return [{name: value[group] for name, value in split.items()} for group in range(conv.groups)]
+
+
+def error(form: Format, conv: Conv, prepared: Prepared, ranks: Ranks) -> float:
+    """Predicted share of the squared norm lost at these ranks, 0 to 1: the mean over groups, by their norms."""
+    if conv.groups == 1:
+        return form.error(prepared, ranks)
+    norms = [float(norm) for norm in prepared["norm"]]
+    lost = sum(norm * form.error(part, ranks) for norm, part in zip(norms, _of(prepared, conv), strict=True))
+    return lost / sum(norms) if sum(norms) > 0 else 0.0
 
 
 def kernels(
@@ -146,10 +222,12 @@ def kernels(
         DecompositionError: a fit failed.
     """
     check_ranks(form, conv, ranks)
+    plain = all(stage.groups == 1 for stage in form.stages(conv.group, ranks))
     if form.nested:
-        return orthonormal_gauge(form.factors(prepared, ranks))
+        sliced = [form.factors(part, ranks) for part in _of(prepared, conv)]
+        return _side_by_side([orthonormal_gauge(weights) if plain else weights for weights in sliced])
     try:
-        fitted = form.factors(prepared, ranks, stabiliser)
+        fitted = _side_by_side([form.factors(part, ranks, stabiliser) for part in _of(prepared, conv)])
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined, unused-ignore]  # public, not re-exported
         raise DecompositionError(
             f"{form.name} at ranks {ranks} did not converge: {error}. Leave this layer dense, or change its ranks."
@@ -160,6 +238,11 @@ def kernels(
             "Leave this layer dense, or change its ranks."
         )
     return [weight.to(prepared["weight"].dtype).contiguous() for weight in fitted]
+
+
+def _side_by_side(groups: list[list[Tensor]]) -> list[Tensor]:
+    """The kernels of every stage, those of all groups one after the other."""
+    return groups[0] if len(groups) == 1 else [torch.cat(kernels) for kernels in zip(*groups, strict=True)]
 
 
 def chain(
@@ -188,54 +271,25 @@ def chain(
     """
     weights = kernels(form, conv, prepared, ranks) if weights is None else weights
     if "patch_mean" in prepared:
-        stages = compressed_stages(form, conv, ranks)
-        bias = prepared["output_mean"] - response(stages, weights, prepared["patch_mean"])
+        bias = prepared["output_mean"] - response(compressed_stages(form, conv, ranks), weights, prepared["patch_mean"])
     return weights, weights[-1].new_zeros(conv.out_channels) if bias is None else bias
 
 
 def response(stages: Sequence[Conv], weights: Sequence[Tensor], patch: Tensor) -> Tensor:
-    """Output ``(T,)`` of the chain, without bias, to one patch ``(S, height, width)`` under the kernel."""
+    """Output ``(T,)`` of the chain, without bias, to one patch ``(S, *kernel)`` under the kernel."""
     out = patch[None]
     for stage, weight in zip(stages, weights, strict=True):
-        out = F.conv2d(out, weight.to(out.dtype), groups=stage.groups)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[stage.ndim - 1]
+        if stage.tied > 1:
+            shared = weight.chunk(stage.groups // stage.tied)
+            weight = torch.cat([kernel for kernel in shared for _ in range(stage.tied)])
+        out = convolve(out, weight.to(out.dtype), groups=stage.groups)
     return out.flatten()
 
 
-def orthonormal_gauge(weights: list[Tensor]) -> list[Tensor]:
-    """The same chain with orthonormal outer factors and the magnitude in the middle.
-
-    An invertible matrix between two stages leaves the network unchanged, yet decides how well it trains. Stages before
-    the middle get orthonormal rows, those after it orthonormal columns; of two stages, both share the singular values
-    evenly.
-    """
-    weights = list(weights)
-    middle = len(weights) // 2
-    for i in range(middle):
-        rows = weights[i].flatten(1)
-        if rows.shape[0] <= rows.shape[1]:
-            q, r = torch.linalg.qr(rows.T)
-            weights[i] = q.T.reshape(weights[i].shape)
-            weights[i + 1] = torch.einsum("oikl,ji->ojkl", weights[i + 1], r)
-    for i in range(len(weights) - 1, max(middle, 1) - 1, -1):
-        columns = weights[i].movedim(1, -1)
-        if weights[i].shape[1] <= columns.flatten(0, -2).shape[0] and i > middle:
-            q, r = torch.linalg.qr(columns.flatten(0, -2))
-            weights[i] = q.reshape(columns.shape).movedim(-1, 1)
-            weights[i - 1] = torch.einsum("oikl,jo->jikl", weights[i - 1], r)
-    if len(weights) == 2:
-        weights = _share_evenly(*weights)
-    return [weight.contiguous() for weight in weights]
-
-
-def _share_evenly(first: Tensor, second: Tensor) -> list[Tensor]:
-    """Two stages with the singular values of their product split by the square root; ``first`` has orthonormal rows."""
-    columns = second.movedim(1, -1)
-    u, s, vh = torch.linalg.svd(columns.flatten(0, -2), full_matrices=False)
-    root = s.clamp_min(s.max() * 1e-7 + 1e-30).sqrt()
-    if u.shape[1] < first.shape[0]:
-        return [first, second]
-    first = torch.einsum("ri,iskl->rskl", root[:, None] * vh, first)
-    return [first, (u * root).reshape(columns.shape).movedim(-1, 1)]
+def pointwise(matrix: Tensor, ndim: int) -> Tensor:
+    """A matrix ``(out, in)`` as a kernel of size 1 along ``ndim`` axes."""
+    return matrix.reshape(*matrix.shape, *[1] * ndim)
 
 
 def descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

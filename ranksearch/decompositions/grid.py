@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 
 from ranksearch.conv import Conv
-from ranksearch.decompositions.format import Format, OwnGrid, Ranks
+from ranksearch.decompositions.format import Format, OwnGrid, Ranks, max_rank
 from ranksearch.space import RanksSpec
 
 
 def rank_grid(form: Format, conv: Conv, spec: RanksSpec) -> list[Ranks]:
     """The rank tuples to offer within the bounds of a layer."""
-    return form.grid(conv, spec) if isinstance(form, OwnGrid) else shares(spec, form.max_rank(conv))
+    return form.grid(conv.group, spec) if isinstance(form, OwnGrid) else shares(spec, max_rank(form, conv))
 
 
 def shares(spec: RanksSpec, wholes: Sequence[int], bounds: Sequence[int] | None = None) -> list[Ranks]:

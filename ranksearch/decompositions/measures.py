@@ -42,19 +42,21 @@ def report(
         form: the format.
         conv: geometry of the dense layer.
         ranks: of the factors.
-        weight: dense kernel ``(T, S / groups, *spatial)``.
+        weight: dense kernel ``(T, S / groups, *spatial)``, or with an axis of groups in front as it is prepared.
         kernels: of the stages.
-        root: ``(S, S)`` square root of the input moment, where the error is that of the output.
+        root: ``(S, S)`` square root of the input moment, one for every group in front; where the error is that of the
+            output.
     """
     parts = _blocks(conv, compressed_stages(form, conv, ranks), kernels)
     found = torch.cat([compose(stages, weights) for stages, weights in parts])
-    dense = weight.double()
+    dense = weight.double().reshape(found.shape)
     if root is None:
         difference, norm = found - dense, dense.norm()
     else:
-        metric = root.double()
-        difference = torch.einsum("ts...,sr->tr...", found - dense, metric)
-        norm = torch.einsum("ts...,sr->tr...", dense, metric).norm()
+        metric = root.double().reshape(conv.groups, *root.shape[-2:])
+        apart = (conv.groups, -1, *dense.shape[1:])
+        difference = torch.einsum("gts...,gsr->gtr...", (found - dense).reshape(apart), metric)
+        norm = torch.einsum("gts...,gsr->gtr...", dense.reshape(apart), metric).norm()
     degeneracies = [d for d in (_degeneracy(stages, weights) for stages, weights in parts) if d is not None]
     return Report(
         relative_error=float((difference.norm() / norm) ** 2) if float(norm) > 0 else 0.0,

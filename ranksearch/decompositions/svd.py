@@ -8,6 +8,8 @@ splits the kernel into a column and a row; activation-aware after whitening the 
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,11 @@ from ranksearch.decompositions.format import (
     descending_eigh,
     kept,
     lost,
+    pointwise,
     require_plain,
     square_roots,
 )
+from ranksearch.errors import UnsupportedLayer
 from ranksearch.space import StabiliseSpec
 
 
@@ -34,9 +38,9 @@ class ChannelSvd:
     pointwise = False
 
     def max_rank(self, conv: Conv) -> Ranks:
-        """``(min(T, S height width),)``."""
+        """``(min(T, S times the kernel's size),)``."""
         require_plain(conv, self.name, pointwise=self.pointwise)
-        return (min(conv.out_channels, conv.in_channels * conv.kernel[0] * conv.kernel[1]),)
+        return (min(conv.out_channels, conv.in_channels * prod(conv.kernel)),)
 
     def stages(self, conv: Conv, ranks: Ranks) -> tuple[Conv, ...]:
         """The kernel with every spatial field of the dense layer, then 1x1."""
@@ -44,7 +48,7 @@ class ChannelSvd:
         return first, first.after(conv.out_channels, bias=conv.bias)
 
     def prepare(self, weight: Tensor, statistics: Statistics | None) -> Prepared:
-        """``first`` (r, S, height, width) and ``last`` (T, r) at full rank."""
+        """``first`` (r, S, *kernel) and ``last`` (T, r) at full rank."""
         matrix = weight.flatten(1)
         if statistics is None:
             last, values, rows = torch.linalg.svd(matrix, full_matrices=False)
@@ -57,7 +61,8 @@ class ChannelSvd:
             last = space @ vectors
             first = last.T @ matrix
         energy = kept(energies, energies.sum())
-        return {"first": first.reshape(-1, *weight.shape[1:]), "last": last, "energy": energy}
+        first = first.reshape(-1, *weight.shape[1:])
+        return {"first": first, "last": last, "energy": energy, "norm": energies.sum()}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
         """As ``energy`` tells."""
@@ -66,7 +71,8 @@ class ChannelSvd:
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         (rank,) = ranks
-        return [prepared["first"][:rank], prepared["last"][:, :rank, None, None]]
+        first = prepared["first"][:rank]
+        return [first, pointwise(prepared["last"][:, :rank], first.ndim - 2)]
 
 
 class Svd(ChannelSvd):
@@ -85,6 +91,10 @@ class SpatialSvd:
     def max_rank(self, conv: Conv) -> Ranks:
         """``(min(S height, T width),)``."""
         require_plain(conv, self.name, pointwise=False)
+        if conv.ndim != 2:
+            raise UnsupportedLayer(
+                f"{self.name} splits rows from columns, the kernel {conv.kernel} has {conv.ndim} axes: use channel-svd"
+            )
         return (min(conv.in_channels * conv.kernel[0], conv.out_channels * conv.kernel[1]),)
 
     def stages(self, conv: Conv, ranks: Ranks) -> tuple[Conv, ...]:
@@ -95,6 +105,7 @@ class SpatialSvd:
             stride=(conv.stride[0], 1),
             padding=(conv.padding[0], 0),
             dilation=(conv.dilation[0], 1),
+            output_padding=(conv.output_padding[0], 0),
             bias=False,
         )
         row = conv.resized(
@@ -103,6 +114,7 @@ class SpatialSvd:
             stride=(1, conv.stride[1]),
             padding=(0, conv.padding[1]),
             dilation=(1, conv.dilation[1]),
+            output_padding=(0, conv.output_padding[1]),
             size=column.output_size,
         )
         return column, row

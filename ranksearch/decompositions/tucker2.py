@@ -19,6 +19,7 @@ from ranksearch.decompositions.format import (
     descending_eigh,
     kept,
     lost,
+    pointwise,
     require_plain,
     square_roots,
 )
@@ -43,18 +44,18 @@ class Tucker2:
         return conv.pointwise_to(r_in), core, core.after(conv.out_channels, bias=conv.bias)
 
     def prepare(self, weight: Tensor, statistics: Statistics | None) -> Prepared:
-        """``first`` (S, S), ``core`` (T, S, height, width) and ``last`` (T, T) at full rank."""
+        """``first`` (S, S), ``core`` (T, S, *kernel) and ``last`` (T, T) at full rank."""
         if statistics is None:
             metric, whitened = None, weight
-            _, last = descending_eigh(torch.einsum("tskl,uskl->tu", weight, weight))
+            _, last = descending_eigh(torch.einsum("ts...,us...->tu", weight, weight))
         else:
             root, metric = square_roots(statistics.input_moment)
-            whitened = torch.einsum("tskl,sr->trkl", weight, root)
+            whitened = torch.einsum("ts...,sr->tr...", weight, root)
             _, last = descending_eigh(statistics.output_covariance)
-        _, basis = descending_eigh(torch.einsum("tskl,trkl->sr", whitened, whitened))
-        core = torch.einsum("tskl,ta,sb->abkl", whitened, last, basis)
+        _, basis = descending_eigh(torch.einsum("ts...,tr...->sr", whitened, whitened))
+        core = torch.einsum("ts...,ta,sb->ab...", whitened, last, basis)
         first = basis.T if metric is None else basis.T @ metric
-        energy = kept(core.square().sum((2, 3)).T, whitened.square().sum())
+        energy = kept(core.square().flatten(2).sum(2).T, whitened.square().sum())
         return {"first": first, "core": core, "last": last, "energy": energy}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
@@ -64,5 +65,5 @@ class Tucker2:
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         r_in, r_out = ranks
-        first, last = prepared["first"][:r_in], prepared["last"][:, :r_out]
-        return [first[..., None, None], prepared["core"][:r_out, :r_in], last[..., None, None]]
+        first, core, last = prepared["first"][:r_in], prepared["core"][:r_out, :r_in], prepared["last"][:, :r_out]
+        return [pointwise(first, core.ndim - 2), core, pointwise(last, core.ndim - 2)]
