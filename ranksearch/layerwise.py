@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranksearch.config import load_space
 from ranksearch.conv import Conv
@@ -25,19 +25,21 @@ from ranksearch.decompositions import (
     Statistics,
     check_ranks,
     compressed_stages,
+    error,
     kernels,
+    max_rank,
     prepare,
     rank_grid,
     report,
-    square_roots,
 )
-from ranksearch.errors import DecompositionError, ModelError, RankError, SpaceError, UnsupportedLayer
+from ranksearch.decompositions.format import square_roots
+from ranksearch.errors import ModelError, RankError, SpaceError, UnsupportedLayer
 from ranksearch.models import build_model, find_weights, input_shape_of
 from ranksearch.preparation import Notify, located, read_network, silent, statistics_of
 from ranksearch.pricing import unknown_formats
 from ranksearch.space import ModelSpec, RanksSpec, Space, StabiliseSpec
 from ranksearch.storage import Store
-from ranksearch.surgery import find_layers, kernel_of
+from ranksearch.surgery import Shape, find_layers, kernel_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def decompose_layer(
     ranks: Ranks | None = None,
     formats: Sequence[str] | None = None,
     stabilise: StabiliseSpec | None = None,
-    input_shape: tuple[int, ...] | None = None,
+    input_shape: Shape | None = None,
     points: int = 8,
     storage: str | Path | None = None,
     notify: Notify = silent,
@@ -142,13 +144,15 @@ def decompose_layer(
     for i, name in enumerate(dict.fromkeys([*([form] if form else []), *wanted])):
         notify(f"decomposing {layer}", i, len(wanted) + bool(form))
         try:
-            bounds = FORMATS[name].max_rank(subject.conv)
+            bounds = max_rank(FORMATS[name], subject.conv)
             if name == form and ranks is not None:
                 check_ranks(FORMATS[name], subject.conv, ranks)
-        except UnsupportedLayer as error:
+        except UnsupportedLayer as reason:
             if name == form:
-                raise UnsupportedLayer(f"{name} cannot factorise {layer}: {error}. Choose another --format.") from error
-            refused[name] = str(error)
+                raise UnsupportedLayer(
+                    f"{name} cannot factorise {layer}: {reason}. Choose another --format."
+                ) from reason
+            refused[name] = str(reason)
             continue
         if name == form and ranks is None:
             raise RankError(f"ranks of {name} must be given for {layer}, from {(1,) * len(bounds)} to {bounds}.")
@@ -184,8 +188,8 @@ class _Subject:
 
     @property
     def root(self) -> Tensor | None:
-        """Square root of the second moment of the inputs; none is kept for 1x1 kernels."""
-        moment = None if self.statistics is None else self.statistics.input_moment
+        """Square root of the second moment of the inputs; none is known for 1x1 kernels, nor used for groups."""
+        moment = None if self.statistics is None or self.conv.groups > 1 else self.statistics.input_moment
         return None if moment is None or moment.numel() == 0 else square_roots(moment)[0]
 
 
@@ -193,36 +197,40 @@ def _read(
     model: str | Path,
     layer: str,
     weights: str | Path | None,
-    input_shape: tuple[int, ...] | None,
+    input_shape: Shape | None,
     storage: str | Path | None,
     notify: Notify,
 ) -> _Subject:
     cache = Store(storage).cache
-    space = None
+    space, statistics = None, None
     if Path(model).suffix in (".yaml", ".yml"):
         settings = [f"model.weights={weights}"] if weights else []
         space = located(load_space(Path(model), settings), Path(model).resolve().parent)
     elif str(model) == "digits-cnn" and weights is None:
         space = Space(model=ModelSpec(name=str(model)))
+    elif weights is None:
+        rule = f"the pretrained weights of {model} must be given, found none."
+        raise ModelError(f"{rule} Give a safetensors file or a state dict, e.g. --weights dense.safetensors.")
     if space is not None:
         network = read_network(space, cache, notify)
-        dense, shape = network.model, network.record.input_shape
-    else:
-        if weights is None:
-            raise ModelError(f"the pretrained weights of {model} must be given, found none. Give them with --weights.")
-        dense = build_model(ModelSpec(name=str(model)), weights=find_weights(str(weights), [Path()]))
-        shape = input_shape or input_shape_of(str(model))
-    found = {one.name: one for one in find_layers(dense, shape)}
-    if layer not in found:
-        near = ", ".join(list(found)[:6])
-        raise ModelError(f"a layer must be a convolution or linear layer of the network, found {layer!r}. It has {near}, ...")
-    conv, statistics = found[layer].conv, None
-    if space is not None and Path(model).suffix:
+        conv = _find(network.model, layer, network.record.input_shape)
         statistics = statistics_of(network, {layer: conv}, cache, notify)[layer]
+        dense, stabilise = network.model, space.stabilise
+    else:
+        dense = build_model(ModelSpec(name=str(model)), weights=find_weights(str(weights), [Path()]))
+        conv, stabilise = _find(dense, layer, input_shape or input_shape_of(str(model))), StabiliseSpec()
     weight, _ = kernel_of(dense.get_submodule(layer))
-    return _Subject(
-        conv=conv, weight=weight, statistics=statistics, stabilise=space.stabilise if space else StabiliseSpec()
-    )
+    return _Subject(conv=conv, weight=weight, statistics=statistics, stabilise=stabilise)
+
+
+def _find(model: nn.Module, layer: str, input_shape: Shape) -> Conv:
+    found = {one.name: one.conv for one in find_layers(model, input_shape)}
+    if layer not in found:
+        near = ", ".join(get_close_matches(layer, found, n=4, cutoff=0.3) or list(found)[:4])
+        raise ModelError(
+            f"a layer must be a convolution or linear layer of the network, found {layer!r}. Names are like {near}."
+        )
+    return found[layer]
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:
@@ -238,7 +246,7 @@ def _spread(subject: _Subject, name: str, prepared: Prepared, points: int) -> li
         macs = sum(stage.macs for stage in compressed_stages(form, conv, ranks))
         if macs < conv.macs:
             part = points * macs // conv.macs
-            found = (form_error(name, conv, prepared, ranks), macs, ranks)
+            found = (error(form, conv, prepared, ranks), macs, ranks)
             best[part] = min(best.get(part, found), found)
     return [best[part][2] for part in sorted(best)]
 

@@ -1,4 +1,4 @@
-"""Pictures of a front: an interactive Plotly page and a PNG for print, drawn from the study's tables.
+"""Pictures of a front and of one layer's errors: interactive Plotly pages, and PNGs for print.
 
 Colours are from Okabe and Ito's palette, which colour-blind readers can tell apart; the kinds of points also differ in
 shape. Accuracy of the front is that on the report images. Dominated trials are scored on the search images only, so
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure, Scatter
+
+    from ranksearch.layerwise import Decomposition
 
 _BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
 _FRONT, _DOMINATED, _DENSE = "Front", "Dominated (accuracy on search images)", "Dense network"
@@ -113,6 +115,82 @@ def front_png(trials: pd.DataFrame, front: pd.DataFrame, path: Path, *, dense: M
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
     figure.savefig(path, format="png")
+
+
+def errors_html(found: Decomposition, path: Path) -> None:
+    """Write a page that needs no network: relative error of one layer against its MACs, a line a format."""
+    from plotly.graph_objects import Figure, Scatter
+
+    figure = Figure()
+    for name, (colour, symbol) in _styles(found).items():
+        rows = [row for row in found.rows if row.format == name]
+        figure.add_trace(
+            Scatter(
+                name=name,
+                x=[100 * row.macs_ratio for row in rows],
+                y=[100 * row.relative_error for row in rows],
+                mode="lines+markers",
+                line={"color": colour},
+                marker={"symbol": symbol, "size": 8},
+                text=[f"ranks {row.ranks}<br>sensitivity {row.sensitivity:.4g}" for row in rows],
+                hovertemplate="%{text}<br>error %{y:.2f} %<br>%{x:.1f} % of the MACs",
+            )
+        )
+    if found.chosen is not None:
+        row = found.chosen
+        figure.add_trace(
+            Scatter(
+                name=f"{row.format} {row.ranks}",
+                x=[100 * row.macs_ratio],
+                y=[100 * row.relative_error],
+                mode="markers",
+                marker={"symbol": "star", "size": 16, "color": "black"},
+            )
+        )
+    figure.update_layout(title={"text": html.escape(_errors_title(found))}, template="plotly_white", font={"size": 14})
+    figure.update_xaxes(title=_MACS_TITLE)
+    figure.update_yaxes(title=_ERROR_TITLE)
+    path.write_text(figure.to_html(include_plotlyjs=True, default_height="36em"), encoding="utf-8")
+
+
+def errors_png(found: Decomposition, path: Path) -> None:
+    """Write the same figure to ``path`` as a PNG, for print: 1600 by 1000 pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    markers = dict(zip(_SYMBOLS, "osD^vP*Xp", strict=True))
+    for name, (colour, symbol) in _styles(found).items():
+        rows = [row for row in found.rows if row.format == name]
+        shares, errors = [100 * row.macs_ratio for row in rows], [100 * row.relative_error for row in rows]
+        axes.plot(shares, errors, marker=markers[symbol], color=colour, linewidth=1.2, markersize=4, label=name)
+    if found.chosen is not None:
+        row = found.chosen
+        label = f"{row.format} {row.ranks}"
+        axes.plot(100 * row.macs_ratio, 100 * row.relative_error, "k*", markersize=12, linestyle="none", label=label)
+    axes.set(title=_errors_title(found).replace("$", r"\$"), xlabel=_MACS_TITLE, ylabel=_ERROR_TITLE)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png")
+
+
+_MACS_TITLE = "MACs of the layer, share of dense (%)"
+_ERROR_TITLE = "Relative squared error (%)"
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C", "#A6761D")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x", "pentagon")
+
+
+def _styles(found: Decomposition) -> dict[str, tuple[str, str]]:
+    """Colour and symbol of every format that has a line."""
+    names = dict.fromkeys(row.format for row in found.rows)
+    return {name: (_COLOURS[i % len(_COLOURS)], _SYMBOLS[i % len(_SYMBOLS)]) for i, name in enumerate(names)}
+
+
+def _errors_title(found: Decomposition) -> str:
+    return f"{found.layer}: {found.kind} factors"
 
 
 def _dominated(trials: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Commands on a rank map and its network: apply, evaluate."""
+"""Commands on a network, with a rank map or without: decompose, apply, evaluate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,85 @@ import typer
 
 from ranksearch.cli.options import AsJson, Storage, console, say
 from ranksearch.cli.progress import Reporter
-from ranksearch.cli.tables import comparison_table, percent
+from ranksearch.cli.tables import comparison_table, decomposition_table, percent
 
+_MODEL = "Architecture, or a space file: its calibration images make the factors activation-aware."
 _DENSE = "The dense network's weights; those that the map records by default."
+
+
+def decompose(
+    model: Annotated[str, typer.Option(metavar="NAME|SPACE.yaml", help=_MODEL, show_default=False)],
+    layer: Annotated[str, typer.Option(metavar="NAME", help="The module's name.", show_default=False)],
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="The pretrained weights.")] = None,
+    format: Annotated[str | None, typer.Option(metavar="NAME", help="One format, at --rank.")] = None,
+    rank: Annotated[str | None, typer.Option(metavar="R[,R...]", help="Its ranks, e.g. 16,24 for tucker2.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.html|FILE.png", help="Draw error against MACs for all formats.")
+    ] = None,
+    stabilise: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="epc, norms, bounded or none; that of the space by default.")
+    ] = None,
+    input: Annotated[str | None, typer.Option(metavar="CxHxW", help="Size of an image, e.g. 3x32x32.")] = None,
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Decompose one layer: error, sensitivity, MACs and time, at given ranks or for all formats."""
+    from pydantic import ValidationError
+
+    from ranksearch.layerwise import decompose_layer
+    from ranksearch.space import StabiliseSpec
+
+    ranks = None if rank is None else _integers(rank, "--rank", ",")
+    shape = None if input is None else _integers(input, "--input", "x")
+    if shape is not None and len(shape) != 3:
+        raise typer.BadParameter(f"--input must be channels x height x width, found {input}")
+    if (format is None) != (rank is None):
+        raise typer.BadParameter("--format and --rank go together; without both, all formats are shown")
+    if plot is not None and plot.suffix not in (".html", ".png"):
+        raise typer.BadParameter(f"--plot must end in .html or .png, found {plot}")
+    try:
+        method = None if stabilise is None else StabiliseSpec(method=stabilise)
+    except ValidationError as error:
+        raise typer.BadParameter(f"--stabilise must be epc, norms, bounded or none, found {stabilise}") from error
+    with Reporter() as reporter:
+        found = decompose_layer(
+            model,
+            layer,
+            weights=weights,
+            form=format,
+            ranks=ranks,
+            formats=() if format is not None and plot is None else None,
+            stabilise=method,
+            input_shape=shape,
+            storage=storage,
+            notify=reporter.notify,
+        )
+    if plot is not None:
+        from ranksearch.plots import errors_html, errors_png
+
+        errors_html(found, plot) if plot.suffix == ".html" else errors_png(found, plot)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+        return
+    conv = found.conv
+    say(
+        f"{layer}: {conv.in_channels} to {conv.out_channels} channels, kernel "
+        f"{'x'.join(map(str, conv.kernel))}, {conv.macs:,} MACs, {conv.params:,} parameters; {found.kind} factors\n"
+    )
+    console().print(decomposition_table(found))
+    for name, reason in found.refused.items():
+        say(f"{name} is left out: {reason}", style="dim")
+    if plot is not None:
+        say(f"Written: {plot}")
+
+
+def _integers(text: str, option: str, separator: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(separator))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{option} must be whole numbers with {separator!r} between, found {text!r}"
+        ) from error
 
 
 def apply(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ranksearch.handover import Comparison
+    from ranksearch.layerwise import Decomposition
     from ranksearch.study import Setting, Study
     from ranksearch.surgery import Layer
 
@@ -162,4 +163,22 @@ def comparison_table(found: Comparison) -> Table:
     for size, before in dense.latency_ms.items():
         after = ours.latency_ms[size]
         made.add_row(f"latency ms, batch {size}", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}")
+    return made
+
+
+def decomposition_table(found: Decomposition) -> Table:
+    """One layer in several formats: the one asked for, or by format and rising MACs."""
+    made = table("format", "ranks", "MACs", "MACs %", "params", "error %", "sensitivity", "largest term", "ms", left=2)
+    for row in [found.chosen] if found.chosen else found.rows:
+        made.add_row(
+            row.format,
+            ", ".join(map(str, row.ranks)),
+            f"{row.macs:,}",
+            percent(row.macs_ratio, 1),
+            f"{row.params:,}",
+            percent(row.relative_error),
+            f"{row.sensitivity:.4g}",
+            "-" if row.degeneracy is None else f"{row.degeneracy:.2f}",
+            f"{1000 * row.seconds:.1f}",
+        )
     return made

@@ -25,7 +25,15 @@ from ranksearch.models.vgg import vgg16, vgg16_bn
 from ranksearch.models.weights import check_finite, find_weights, load_weights
 from ranksearch.space import ModelSpec
 
-__all__ = ["MODELS", "build_model", "digits_weights", "find_weights", "load_weights", "train_digits_cnn"]
+__all__ = [
+    "MODELS",
+    "build_model",
+    "digits_weights",
+    "find_weights",
+    "input_shape_of",
+    "load_weights",
+    "train_digits_cnn",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits-cnn": digits_cnn,
@@ -41,6 +49,22 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16_bn": vgg16_bn,
     "densenet121": densenet121,
 }
+
+
+def input_shape_of(name: str) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a built-in architecture was made for.
+
+    Raises:
+        ModelError: it is not built in.
+    """
+    if name not in MODELS:
+        raise ModelError(
+            f"the size of an image must be given for {name}, which is not built in. Give it, e.g. --input 3x32x32."
+        )
+    function = MODELS[name]
+    if function is digits_cnn:
+        return 1, 8, 8
+    return (3, 32, 32) if function.__module__ == resnet20.__module__ else (3, 224, 224)
 
 
 def build_model(spec: ModelSpec, *, weights: Path | None) -> nn.Module:
