@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,9 @@ def _read(
         statistics = statistics_of(network, {layer: conv}, cache, notify)[layer]
         dense, stabilise = network.model, space.stabilise
     else:
+        shape = input_shape or input_shape_of(str(model))
         dense = build_model(ModelSpec(name=str(model)), weights=find_weights(str(weights), [Path()]))
-        conv, stabilise = _find(dense, layer, input_shape or input_shape_of(str(model))), StabiliseSpec()
+        conv, stabilise = _find(dense, layer, shape), StabiliseSpec()
     weight, _ = kernel_of(dense.get_submodule(layer))
     return _Subject(conv=conv, weight=weight, statistics=statistics, stabilise=stabilise)
 

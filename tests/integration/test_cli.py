@@ -49,7 +49,19 @@ SMALL = [
 ]
 TRIALS = 10
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-COMMANDS = ["inspect", "search", "resume", "trials", "front", "export", "apply", "evaluate", "ui", "schema"]
+COMMANDS = [
+    "inspect",
+    "search",
+    "resume",
+    "trials",
+    "front",
+    "export",
+    "apply",
+    "evaluate",
+    "ui",
+    "schema",
+    "decompose",
+]
 
 
 @dataclass(frozen=True)
