@@ -87,7 +87,8 @@ def test_a_space_gives_the_statistics(tmp_path: Path, capsys: pytest.CaptureFixt
     )  # fmt: skip
     assert not code, err
     assert "activation-aware" in out
-    assert Image.open(tmp_path / "errors.png").size == (1600, 1000)
+    with Image.open(tmp_path / "errors.png") as picture:
+        assert picture.size == (1600, 1000)
 
 
 @pytest.mark.parametrize(
