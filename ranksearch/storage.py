@@ -63,7 +63,10 @@ class Store:
         """Names of the studies that are here."""
         if self.url:
             return sorted(optuna.get_all_study_names(self._storage(self.folder)))
-        return sorted(path.parent.name for path in self.folder.glob("studies/*/journal.log"))
+        # The folder of the studies goes with the last name given back, even while it is read: then there are none.
+        with suppress(FileNotFoundError):
+            return sorted(path.parent.name for path in self.folder.glob("studies/*/journal.log"))
+        return []
 
     @contextmanager
     def reserved(self, name: str, *, exact: bool) -> Iterator[str]:

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -598,7 +599,7 @@ def test_ctrl_c_then_resume(run: Any, done: Path) -> None:
             if line.startswith("trial    2"):
                 process.send_signal(signal.SIGINT)
                 break
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=150)
     finally:
         process.kill()
     assert process.returncode == 130, err
@@ -618,18 +619,26 @@ def test_ctrl_c_then_resume(run: Any, done: Path) -> None:
 
 @pytest.mark.slow
 def test_ui_serves_the_studys_runs(done: Path) -> None:
-    command = shell("ui", "done", "--port", "18431", "--storage", str(done))
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        shell("ui", "done", "--port", str(port), "--storage", str(done)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
     try:
         assert process.stdout is not None
         first = process.stdout.readline()
-        assert "http://127.0.0.1:18431" in first
+        assert f"http://127.0.0.1:{port}" in first
         assert "experiment: ranksearch" in first
         body = b""
-        for _ in range(120):
+        for _ in range(240):
             try:
                 request = urllib.request.Request(
-                    "http://127.0.0.1:18431/api/2.0/mlflow/experiments/search",
+                    f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search",
                     data=b'{"max_results": 10}',
                     headers={"Content-Type": "application/json"},
                 )
@@ -640,10 +649,10 @@ def test_ui_serves_the_studys_runs(done: Path) -> None:
                 time.sleep(0.5)
         assert "ranksearch" in {one["name"] for one in json.loads(body)["experiments"]}
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=90) == 0
         with pytest.raises(OSError, match="refused"):
-            urllib.request.urlopen("http://127.0.0.1:18431/health", timeout=2)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
     finally:
-        process.kill()
-        process.wait()
+        process.terminate()  # not killed: its server would outlive it
+        process.wait(timeout=60)
         process.stdout.close()  # type: ignore[union-attr]

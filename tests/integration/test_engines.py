@@ -119,7 +119,7 @@ def started(*command: str) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=90)
 
 
 NODE = ("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
@@ -405,7 +405,7 @@ def _left_behind(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_run_is_silent_and_leaves_nothing_behind(tmp_path: Path) -> None:
     process = _program(tmp_path, seconds=0.0)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     assert (process.returncode, out, err) == (0, "", "")
     assert {path.name for path in tmp_path.iterdir()} <= {"users_own.py", "program.py", "__pycache__", ".cache"}
     assert not _left_behind(tmp_path)
@@ -421,6 +421,6 @@ def test_ctrl_c_stops_running_work(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert any("raylet" in command for command in _left_behind(tmp_path))
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=90)
     assert (process.returncode, out, err) == (130, "", "")
     assert not _left_behind(tmp_path)

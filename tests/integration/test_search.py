@@ -379,7 +379,7 @@ def stopped(folder: Path, how: str, settings: list[str], ended: int, by: signal.
     try:
         wait_for(process, folder / "studies" / "one" / "journal.log", ended)
         process.send_signal(by)
-        process.wait(timeout=60)
+        process.wait(timeout=150)
         if by == signal.SIGKILL:
             assert process.returncode == -signal.SIGKILL
     finally:
