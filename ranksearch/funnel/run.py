@@ -29,8 +29,10 @@ from ranksearch.rankmap import LayerRanks
 from ranksearch.space import FineTuneSpec
 from ranksearch.training import Training, steps_of
 
-_ARRIVAL = 0.9
+_ARRIVAL = 0.7
 """Share of the steps under the penalty after which the MACs should be those of the target."""
+_LEAD = 0.1
+"""Share of these steps by which the controller looks ahead."""
 _RELENT = 0.9
 """What is left of the strength after a step that went too far."""
 
@@ -55,7 +57,7 @@ class FunnelSpec:
     """Whether a gate's strength is in proportion to the MACs of its rank."""
     scale_free: bool = False
     """Whether the size of a gate before the last stage counts with the norm of its column there."""
-    gain: float = 100.0
+    gain: float = 40.0
     """Growth of the logarithm of the strength over the whole penalty, per excess of the MAC ratio."""
     settle_steps: int = 50
     """Steps at full rank, without the penalty."""
@@ -142,7 +144,8 @@ class Funnel:
         """Of the folded layers, once there are some."""
         self._costs = self.network.costs() if spec.mac_weighted else torch.ones_like(self.network.costs())
         self._strength = spec.strength
-        self._start = self._sizes()
+        self._start = self._last = self._sizes()
+        self._speed = torch.zeros_like(self._start)
         gates = spec.fine_tune.model_copy(update={"steps": self.gated_steps, "epochs": None})
         groups = [(self.network.others(), spec.weight_rate), (self.network.gates(), spec.gate_rate)]
         self.training = self._training(self.network.model, gates, seed, groups)
@@ -221,7 +224,7 @@ class Funnel:
             "steps": self.steps,
             "strength": self._strength,
             "threshold": self.threshold,
-            "start": self._start,
+            "sizes": {"start": self._start, "last": self._last, "speed": self._speed},
             "ranks": self.ranks,
             "history": list(self.history),
             "training": self.training.state_dict(),
@@ -235,11 +238,9 @@ class Funnel:
                 f"is {state.get('run')}. Give another file, or the arguments of that run."
             )
         self.steps, self.ranks, self.history = state["steps"], state["ranks"], list(state["history"])
-        self._strength, self.threshold, self._start = (
-            state["strength"],
-            state["threshold"],
-            state["start"].to(self._start),
-        )
+        self._strength, self.threshold = state["strength"], state["threshold"]
+        sizes = {name: value.to(self._start) for name, value in state["sizes"].items()}
+        self._start, self._last, self._speed = sizes["start"], sizes["last"], sizes["speed"]
         if self.ranks is not None:
             self._tune(self.network.skeleton(self.ranks))
         self.training.load_state_dict(state["training"])
@@ -279,7 +280,7 @@ class Funnel:
         spec, network = self.spec, self.network
         progress = (self.steps - spec.settle_steps) / spec.penalty_steps
         if self.steps == spec.settle_steps + 1:
-            self._start = self._sizes()
+            self._start = self._last = self._sizes()
         c = decayed(spec.c_start, spec.c_end, progress, spec.decay)
         each = c * self._start.clamp_min(1e-12) if spec.decay == "per-gate" else torch.full_like(self._start, c)
         gates, norms = network.magnitudes(), self._norms()
@@ -287,22 +288,40 @@ class Funnel:
         # A constant force moves a gate under momentum by so much a step.
         reach = spec.gate_rate / (1 - spec.fine_tune.momentum) * self._costs * norms.square()
         moved = implicit_step(gates * norms, self._strength * reach, each, spec.penalty) / norms
-        if spec.target is not None and network.ratio(self._ranks(moved * norms)) < spec.target:
-            # Gates that would close now, too many, are let off: the last threshold chooses among them.
-            closing = (moved.abs() * norms <= spec.threshold) & (gates.abs() * norms > spec.threshold)
-            moved = torch.where(closing, gates, moved)
-            self._strength *= _RELENT
+        if spec.target is not None:
+            moved = self._within(spec.target, gates, moved, norms)
         network.set_magnitudes(moved)
         return c
 
+    def _within(self, target: float, gates: Tensor, moved: Tensor, norms: Tensor) -> Tensor:
+        """The step to ``moved``, but for the largest of the gates that it would close below the target."""
+        sizes = moved.abs() * norms
+        if self.network.ratio(self._ranks(sizes)) >= target:
+            return moved
+        self._strength *= _RELENT
+        closing = (sizes <= self.spec.threshold) & (gates.abs() * norms > self.spec.threshold)
+        order = torch.argsort(gates.abs() * norms * closing, descending=True)
+        low, high = 0, int(closing.sum())
+        while low < high:
+            middle = (low + high) // 2
+            spared = sizes.index_fill(0, order[:middle], math.inf)
+            low, high = (low, middle) if self.network.ratio(self._ranks(spared)) >= target else (middle + 1, high)
+        return moved.index_copy(0, order[:low], gates[order[:low]])
+
     def _steer(self, sizes: Tensor, progress: float) -> None:
-        """Raise or lower the strength by how far the chains' MACs are above the line from full rank to the target."""
+        """Raise or lower the strength by how far the chains' MACs will be above the line from full rank to the target.
+
+        Gates shrink long before they close: what counts is where they are soon, at the speed they have now.
+        """
         spec, network = self.spec, self.network
+        self._speed = 0.8 * self._speed + 0.2 * (sizes - self._last)
+        self._last = sizes
         if spec.target is None:
             return
+        soon = (sizes + _LEAD * spec.penalty_steps * self._speed).clamp_min(0.0)
         whole = network.ratio([layer.bounds for layer in network.layers], revert=False)
-        wanted = whole + (spec.target - whole) * min(1.0, progress / _ARRIVAL)
-        excess = network.ratio(self._ranks(sizes), revert=False) - wanted
+        wanted = whole + (spec.target - whole) * min(1.0, (progress + _LEAD) / _ARRIVAL)
+        excess = network.ratio(self._ranks(soon), revert=False) - wanted
         self._strength *= math.exp(spec.gain / spec.penalty_steps * excess)
 
     def _record(self, loss: float, c: float | None) -> None:
