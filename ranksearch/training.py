@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,54 +42,109 @@ def fine_tune(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    steps = steps_of(spec, len(split.labels))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.as_tensor(split.labels)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=spec.learning_rate,
-        momentum=spec.momentum,
-        nesterov=spec.momentum > 0,
-    )
-    losses: list[float] = []
+    training = Training(model, dense, split, to_input, spec, augment, seed=seed, dtype=dtype)
     model.train()
     try:
-        for step, batch in enumerate(_batches(len(labels), spec.batch_images, steps, generator)):
-            for group in optimiser.param_groups:
-                group["lr"] = spec.learning_rate * _schedule(step, steps)
-            images = augmented(to_input(split, batch), augment, generator)
-            loss = _loss(model, dense, images, labels[batch].to(images.device), spec, dtype)
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"fine-tuning diverged: the loss is {losses[-1]} at step {step} of {steps}")
-            optimiser.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimiser.step()
+        losses = [training.step() for _ in range(training.total)]
     finally:
         model.eval()
-    tail = losses[-max(1, steps // 10) :]
+    tail = losses[-max(1, training.total // 10) :]
     return sum(tail) / len(tail)
+
+
+class Training:
+    """A training of ``model``, in place and one step at a time, which can stop and go on bit for bit.
+
+    The caller sets the model's mode. What is trained at which rate follows the spec, with its cycle of the rate and its
+    weight decay on kernels; or it is ``groups``: parameters and the constant rate of each group, without decay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        split: Split,
+        to_input: ToInput,
+        spec: FineTuneSpec,
+        augment: AugmentSpec,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        groups: Sequence[tuple[Sequence[Tensor], float]] | None = None,
+    ) -> None:
+        self.model, self.dense, self.spec, self.dtype = model, dense, spec, dtype
+        self.split, self.to_input, self.augment = split, to_input, augment
+        self.cycled = groups is None
+        self.total = steps_of(spec, len(split.labels))
+        self.steps = 0
+        self._labels = torch.as_tensor(split.labels)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._place = 0
+        parts = _kernels_and_others(model, spec) if groups is None else [_group(p, rate, 0.0) for p, rate in groups]
+        self.optimiser = torch.optim.SGD(parts, momentum=spec.momentum, nesterov=spec.momentum > 0)
+
+    def step(self) -> float:
+        """One step; returns its loss, and raises FloatingPointError where that is not finite."""
+        for group in self.optimiser.param_groups if self.cycled else ():
+            group["lr"] = self.spec.learning_rate * _schedule(self.steps, self.total)
+        batch = self._batch()
+        images = augmented(self.to_input(self.split, batch), self.augment, self._generator)
+        labels = self._labels[batch].to(images.device)
+        loss = _loss(self.model, self.dense, images, labels, self.spec, self.dtype)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"fine-tuning diverged: the loss is {value} at step {self.steps} of {self.total}")
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        self.optimiser.step()
+        self.steps += 1
+        return value
+
+    def _batch(self) -> Tensor:
+        """Indices of the next batch, pass after pass in a new order; the remainder of a pass is dropped."""
+        count = len(self._labels)
+        size = min(self.spec.batch_images, count)
+        if self._place + size > len(self._order):
+            self._order, self._place = torch.randperm(count, generator=self._generator), 0
+        self._place += size
+        return self._order[self._place - size : self._place]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all that the remaining steps depend on."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self._generator.get_state(),
+            "order": self._order,
+            "place": self._place,
+            "steps": self.steps,
+        }
+        return copy.deepcopy(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, in a training made with the same arguments."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self._generator.set_state(state["generator"])
+        self._order, self._place, self.steps = state["order"], state["place"], state["steps"]
+
+
+def _kernels_and_others(model: nn.Module, spec: FineTuneSpec) -> list[dict[str, Any]]:
+    """The parameters that decay, and those that do not."""
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [_group(kernels, spec.learning_rate, spec.weight_decay), _group(others, spec.learning_rate, 0.0)]
+
+
+def _group(parameters: Sequence[Tensor], rate: float, decay: float) -> dict[str, Any]:
+    return {"params": list(parameters), "lr": rate, "weight_decay": decay}
 
 
 def _schedule(step: int, steps: int) -> float:
     """Share of the largest learning rate at a step."""
     warm = max(1, steps // 10)
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def _batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of ``steps`` batches, pass after pass in a new order; the remainder of a pass is dropped."""
-    size = min(size, count)
-    made = 0
-    while made < steps:
-        order = torch.randperm(count, generator=generator)
-        for start in range(0, count - size + 1, size):
-            if made == steps:
-                return
-            yield order[start : start + size]
-            made += 1
 
 
 def _loss(
