@@ -37,7 +37,7 @@ Cores = tuple[Tensor, Tensor, Tensor]
 Ranks = tuple[int, int, int]
 """(R, p, q)."""
 
-_TRIAL_SWEEPS = 10
+_TRIAL_SWEEPS = 7
 """Sweeps that every start gets before the best one goes on alone."""
 _PATIENCE = 3
 """Small gains in a row that end a fit: after an undone step a single one is small by chance."""
@@ -126,16 +126,14 @@ def chain_als(
 
     Raises:
         RankError: ranks out of bounds.
-        DecompositionError: the tensor holds NaN or infinite values.
+        DecompositionError: NaN or infinite values, or a start of other shapes.
     """
-    _check_ranks(tensor, ranks)
-    _require_finite("the kernel", tensor)
+    _check(tensor, ranks, start)
+    _require_finite("the kernel and the start", tensor, *(start or ()))
     scale = torch.linalg.vector_norm(tensor.double())
     blocks, p, q = ranks
     if not float(scale) > 0.0:
-        core, first, last = (
-            tensor.new_zeros(shape) for shape in zip(tensor.shape, (p, blocks, blocks), (q, p, q), strict=True)
-        )
+        core, first, last = (tensor.new_zeros(shape) for shape in _shapes(tensor, ranks))
         return ChainFit(cores=(core, first, last), error=0.0, sweeps=0)
     unit = tensor.double() / scale
     begin = None if start is None else _ring((start[0] / scale, start[1], start[2]))
@@ -231,7 +229,7 @@ def _sensitivity(ring: Ring) -> float:
     return float(sum(terms[1:], terms[0]))
 
 
-def _check_ranks(tensor: Tensor, ranks: Ranks) -> None:
+def _check(tensor: Tensor, ranks: Ranks, start: Cores | None) -> None:
     if tensor.ndim != 3:
         raise DecompositionError(f"a chain is fitted to a tensor (D, S, T), found the shape {tuple(tensor.shape)}.")
     _, s, t = tensor.shape
@@ -240,6 +238,14 @@ def _check_ranks(tensor: Tensor, ranks: Ranks) -> None:
             f"ranks of a chain must be (R, p, q) with R >= 1, 1 <= p <= {s} and 1 <= q <= {t}; found {ranks}. "
             "Choose ranks within the bounds."
         )
+    shapes = [tuple(core.shape) for core in start] if start is not None else []
+    if start is not None and shapes != _shapes(tensor, ranks):
+        raise DecompositionError(f"the start's cores must be {_shapes(tensor, ranks)} for {ranks}, found {shapes}.")
+
+
+def _shapes(tensor: Tensor, ranks: Ranks) -> list[tuple[int, ...]]:
+    (d, s, t), (blocks, p, q) = tensor.shape, ranks
+    return [(d, p, q), (s, blocks, p), (t, blocks, q)]
 
 
 def _require_finite(what: str, *values: Tensor) -> None:
@@ -292,8 +298,8 @@ def _best_basis(after: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
 def _fit(unit: Tensor, ranks: Ranks, restarts: int, seed: int, sweeps: int, tolerance: float) -> tuple[Ring, int]:
     """A few sweeps from every start, the rest from the best; in the leading subspaces first where that is far cheaper.
 
-    A chain reaches no more than R p and R q dimensions of the two channel modes, and nearly the leading ones: a fifth of
-    the sweeps in full is plenty after half of them there.
+    A chain reaches no more than R p and R q dimensions of the two channel modes, and nearly the leading ones: after
+    half of the sweeps there, a tenth of them in full is plenty.
     """
     blocks, p, q = ranks
     small, bases = unit, None
@@ -309,7 +315,7 @@ def _fit(unit: Tensor, ranks: Ranks, restarts: int, seed: int, sweeps: int, tole
         used += more
     if bases is not None:
         ring = ring[0], einsum("sx,xpr->spr", bases[0], ring[1]), einsum("tx,xrq->trq", bases[1], ring[2])
-        ring, error, more = _descend(unit, ring, max(sweeps // 5, 1), tolerance)
+        ring, error, more = _descend(unit, ring, max(sweeps // 10, 1), tolerance)
         used += more
     return ring, used
 
