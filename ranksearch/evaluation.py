@@ -26,7 +26,7 @@ from ranksearch.decompositions import FORMATS, Kind, Report
 from ranksearch.factors import factors_at, store, threads
 from ranksearch.models import build_model
 from ranksearch.pricing import kinds
-from ranksearch.refit import batch_norms, recalibrate, sequential_regression
+from ranksearch.refit import batch_norms, recalibrate, regauge, sensitivity_of, sequential_regression
 from ranksearch.space import Space
 from ranksearch.surgery import build_layer, channels_last, count_macs, count_params, kernel_of, replaced
 from ranksearch.table import Candidate, PriceTable
@@ -161,7 +161,7 @@ class Evaluator:
             if built.reports:
                 details["fitted"] = {name: asdict(found) for name, found in built.reports.items()}
             if steps_of(self.spec.fine_tune, len(self.data.train.labels)):
-                details["fine_tune_loss"] = self._fine_tune(built.model, task.seed)
+                details |= self._fine_tune(built.model, picked, task.seed)
             found = self._score(built.model, self.data.search)
             outcome = Outcome(
                 accuracy_search=found.accuracy,
@@ -245,8 +245,25 @@ class Evaluator:
             start += len(images)
         return total / start if np.isfinite(total) else float("inf")
 
-    def _fine_tune(self, model: nn.Module, seed: int) -> float:
-        return fine_tune(
+    def _fine_tune(self, model: nn.Module, picked: Mapping[str, Candidate], seed: int) -> dict[str, Any]:
+        """The loss it ends with and, of formats that are fitted, the sensitivity over the steps."""
+        space, convs = self.bench.space, self.bench.table.convs
+        chains = {
+            name: (candidate.format, convs[name], candidate.ranks)
+            for name, candidate in picked.items()
+            if not FORMATS[candidate.format].nested
+        }
+        steps = steps_of(self.spec.fine_tune, len(self.data.train.labels))
+        every = space.stabilise.every
+        seen: list[list[float]] = [[0, sensitivity_of(model, chains)]]
+
+        def between(done: int) -> None:
+            if done == steps or (every and done % every == 0):
+                if space.stabilise.method != "none" and every:
+                    regauge(model, chains)
+                seen.append([done, sensitivity_of(model, chains)])
+
+        loss = fine_tune(
             model,
             self.dense,
             self.data.train,
@@ -255,7 +272,9 @@ class Evaluator:
             self.data.augment,
             seed=seed,
             dtype=getattr(torch, self.bench.dtype),
+            between=between if chains else None,
         )
+        return {"fine_tune_loss": loss} | ({"sensitivity": seen} if chains else {})
 
     def _score(self, model: nn.Module, split: Split) -> Score:
         return score(model, split, self.data, batch_images=self.spec.batch_images, device=self.device)

@@ -1,4 +1,4 @@
-"""Refitting a compressed network without labels: sequential regression, and batch-norm recalibration.
+"""Refitting a compressed network without labels: sequential regression, batch-norm recalibration, and the gauge.
 
 Sequential regression (ours): going forward once with all images, the last factor of every compressed layer and its bias
 are refitted by ridge regression so that, from the *compressed* network's input, they give the *dense* network's output.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ranksearch.calibration import Sample, as_image, taps
 from ranksearch.conv import Conv
+from ranksearch.decompositions import FORMATS, OwnGauge, Ranks, compressed_stages, regauged, sensitivity
 from ranksearch.stages import geometry, kernel_of, set_kernel
 from ranksearch.surgery import evaluating
 
@@ -88,6 +89,35 @@ def _features(x: Tensor, conv: Conv, pixels: Tensor) -> Tensor:
     # Channels-last, a tap is rows of channels, and picking pixels copies only those picked.
     patches = [tap.movedim(1, -1)[tuple(places)] for tap in taps(x, conv)]
     return torch.stack(patches, dim=-1).flatten(0, 1).float()
+
+
+Chain = tuple[str, Conv, Ranks]
+"""The format of a layer that was replaced, its dense geometry and its ranks."""
+
+
+@torch.no_grad()
+def regauge(model: nn.Module, chains: Mapping[str, Chain]) -> None:
+    """Bring the named layers to their least sensitive gauge, in place; the network's outputs stay as they are.
+
+    Training drifts along the directions that leave a loop of factors unchanged, and the factors grow (Phan et al. 2022,
+    arXiv 2203.02617). Layers whose format has no gauge of its own are left alone.
+    """
+    for name, (form, conv, _) in chains.items():
+        gauge, stages = FORMATS[form], cast(nn.Sequential, model.get_submodule(name))
+        if isinstance(gauge, OwnGauge):
+            kernels = [kernel_of(stage)[0] for stage in stages]
+            for stage, kernel in zip(stages, regauged(gauge, conv, kernels), strict=True):
+                set_kernel(stage, kernel)
+
+
+@torch.no_grad()
+def sensitivity_of(model: nn.Module, chains: Mapping[str, Chain]) -> float:
+    """Sum over the named layers of the sensitivity of their factors (:func:`ranksearch.decompositions.sensitivity`)."""
+    total = 0.0
+    for name, (form, conv, ranks) in chains.items():
+        kernels = [kernel_of(stage)[0] for stage in cast(nn.Sequential, model.get_submodule(name))]
+        total += sensitivity(conv, compressed_stages(FORMATS[form], conv, ranks), kernels)
+    return total
 
 
 @torch.no_grad()

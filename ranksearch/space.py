@@ -130,6 +130,9 @@ class StabiliseSpec(Section):
     of the factors are balanced. The tensor chain knows ``epc`` alone and takes it for ``norms`` and ``bounded``."""
     slack: Annotated[float, Field(ge=1)] = 1.05
     """Allowed error (norm of the difference) of ``epc`` and ``norms``, as a multiple of the fit's."""
+    every: Annotated[int, Field(ge=0)] = 10
+    """Steps of fine-tuning after which the factors are brought to their least sensitive gauge again, which leaves the
+    network as it is; 0 never does. ``none`` never does either."""
     limit: Annotated[float, Field(gt=0)] = 2.0
     """Allowed sensitivity of ``bounded``, as a multiple of that of as many orthogonal terms of equal size."""
 

@@ -141,23 +141,30 @@ def geometry(module: nn.Module, input_shape: tuple[int, ...]) -> Conv:
 
 
 def kernel_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Kernel ``(T, S / groups, *kernel)`` and bias of a convolution or linear layer of torch."""
+    """Kernel ``(T / tied, S / groups, *kernel)`` and bias of a stage: torch's own layer, or a :class:`TiedConv`."""
     weight = cast(Tensor, module.weight).detach()
     bias = cast("Tensor | None", module.bias)
     if isinstance(module, nn.Linear):
         weight = weight[..., None, None]
-    elif cast(nn.Conv2d, module).transposed:
-        weight = turned(weight, cast(nn.Conv2d, module).groups)
+    elif groups := _turned_groups(module):
+        weight = turned(weight, groups)
     return weight, None if bias is None else bias.detach()
 
 
 @torch.no_grad()
 def set_kernel(module: nn.Module, kernel: Tensor) -> None:
-    """Write a kernel as :func:`kernel_of` gives it into the weight of a convolution or linear layer of torch."""
+    """Write a kernel as :func:`kernel_of` gives it into the weight of a stage."""
     weight = cast(Tensor, module.weight)
-    if not isinstance(module, nn.Linear) and cast(nn.Conv2d, module).transposed:
-        kernel = turned(kernel, cast(nn.Conv2d, module).groups)
+    if groups := _turned_groups(module):
+        kernel = turned(kernel, groups)
     weight.copy_(kernel.reshape(weight.shape))
+
+
+def _turned_groups(module: nn.Module) -> int:
+    """The groups of a transposed stage's own weight; 0 for the other stages."""
+    if isinstance(module, TiedConv):
+        return one_of_tied(module.conv).groups if module.conv.transposed else 0
+    return cast(int, module.groups) if getattr(module, "transposed", False) else 0
 
 
 def turned(weight: Tensor, groups: int) -> Tensor:

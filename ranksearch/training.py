@@ -33,8 +33,11 @@ def fine_tune(
     *,
     seed: int,
     dtype: torch.dtype,
+    between: Callable[[int], None] | None = None,
 ) -> float:
     """Train ``model`` in place; returns the mean loss of the last tenth of the steps.
+
+    ``between`` is called after every step with their number so far.
 
     SGD with Nesterov momentum, the learning rate warmed up linearly over a tenth of the steps and brought to zero by a
     cosine. The same seed gives the same batches and changes of images.
@@ -45,7 +48,11 @@ def fine_tune(
     training = Training(model, dense, split, to_input, spec, augment, seed=seed, dtype=dtype)
     model.train()
     try:
-        losses = [training.step() for _ in range(training.total)]
+        losses = []
+        for done in range(1, training.total + 1):
+            losses.append(training.step())
+            if between is not None:
+                between(done)
     finally:
         model.eval()
     tail = losses[-max(1, training.total // 10) :]

@@ -12,6 +12,7 @@ from ranksearch.decompositions.cp import Cp
 from ranksearch.decompositions.format import (
     Format,
     Kind,
+    OwnGauge,
     Prepared,
     Ranks,
     Statistics,
@@ -22,10 +23,11 @@ from ranksearch.decompositions.format import (
     kernels,
     max_rank,
     prepare,
+    regauged,
     stages,
 )
 from ranksearch.decompositions.grid import rank_grid
-from ranksearch.decompositions.measures import Report, report
+from ranksearch.decompositions.measures import Report, report, sensitivity
 from ranksearch.decompositions.svd import ChannelSvd, SpatialSvd, Svd
 from ranksearch.decompositions.tensor_chain import TensorChain
 from ranksearch.decompositions.tensor_train import TensorTrain
@@ -46,6 +48,7 @@ __all__ = [
     "FORMATS",
     "Format",
     "Kind",
+    "OwnGauge",
     "Prepared",
     "Ranks",
     "Report",
@@ -58,6 +61,8 @@ __all__ = [
     "max_rank",
     "prepare",
     "rank_grid",
+    "regauged",
     "report",
+    "sensitivity",
     "stages",
 ]

@@ -82,6 +82,14 @@ class Cp:
         ]
         return [pointwise(first.T, ndim), *spatial, pointwise(last, ndim)]
 
+    def gauge(self, kernels: Sequence[Tensor]) -> list[Tensor]:
+        """The scales of every component balanced."""
+        first, *filters, last = kernels
+        factors = [*(kernel.flatten(1).T for kernel in filters), first.flatten(1).T, last.flatten(1)]
+        *spatial, inner, outer = rebalance(factors)
+        shared = [factor.T.reshape(kernel.shape) for factor, kernel in zip(spatial, filters, strict=True)]
+        return [inner.T.reshape(first.shape), *shared, outer.reshape(last.shape)]
+
     def _axes(self, kernel: Sequence[int]) -> list[tuple[int, ...]]:
         """The spatial axes that each depthwise stage extends along; those of size 1 go with the first."""
         every = tuple(range(len(kernel)))

@@ -87,6 +87,15 @@ class OwnGrid(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnGauge(Protocol):
+    """What a format may have besides, whose factors training may make sensitive without need."""
+
+    def gauge(self, kernels: Sequence[Tensor]) -> list[Tensor]:
+        """The kernels of the stages of the same chain, least sensitive."""
+        ...
+
+
 def max_rank(form: Format, conv: Conv) -> Ranks:
     """The largest ranks of a layer (of each of its groups); raises UnsupportedLayer with the reason."""
     if conv.depthwise:
@@ -238,6 +247,12 @@ def kernels(
             "Leave this layer dense, or change its ranks."
         )
     return [weight.to(prepared["weight"].dtype).contiguous() for weight in fitted]
+
+
+def regauged(form: OwnGauge, conv: Conv, kernels: Sequence[Tensor]) -> list[Tensor]:
+    """The kernels of the stages of the same chain in the format's own gauge, group by group."""
+    groups = zip(*(kernel.chunk(conv.groups) for kernel in kernels), strict=True)
+    return _side_by_side([form.gauge(group) for group in groups])
 
 
 def _side_by_side(groups: list[list[Tensor]]) -> list[Tensor]:

@@ -8,7 +8,7 @@ filter. Activation-aware: the input mode is whitened by the input second moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,6 +102,19 @@ class TensorChain:
         ndim = weight.ndim - 2
         return [pointwise(first.flatten(1).T, ndim), kernel, pointwise(last.flatten(1), ndim)]
 
+    def gauge(self, kernels: Sequence[Tensor]) -> list[Tensor]:
+        """A few sweeps over the bonds."""
+        first, kernel, last = kernels
+        q, p, *spatial = kernel.shape
+        core = kernel.flatten(2).permute(2, 1, 0)
+        inner, outer = torch.unflatten(first.flatten(1).T, 1, (-1, p)), torch.unflatten(last.flatten(1), 1, (-1, q))
+        core, inner, outer = regauge((core, inner, outer), sweeps=_MOST)
+        shared = core.permute(2, 1, 0).reshape(q, p, *spatial)
+        return [inner.flatten(1).T.reshape(first.shape), shared, outer.flatten(1).reshape(last.shape)]
+
+
+_MOST = 3
+"""Sweeps of the gauge during training: the cores are near the gauge already."""
 
 STABILISERS: dict[str, Callable[[Tensor, Cores, StabiliseSpec], Cores]] = {
     "none": lambda tensor, cores, spec: regauge(cores),

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions import FORMATS, Format, Prepared, Ranks, compressed_stages
-from ranksearch.decompositions.format import orthonormal_gauge
+from ranksearch.decompositions.gauge import orthonormal_gauge
 from ranksearch.errors import ModelError, UnsupportedLayer
 from ranksearch.surgery import build_chain, build_stage, channels_last, count_macs, find_layers, kernel_of, replaced
 

@@ -99,6 +99,8 @@ class View:
         if outcome is not None:
             measured = ("accuracy", "accuracy_search", "loss", "macs", "params", "seconds")
             metrics = {name: getattr(outcome, name) for name in measured if getattr(outcome, name) is not None}
+            if seen := outcome.details.get("sensitivity"):  # over the steps of fine-tuning
+                metrics |= {"sensitivity_start": seen[0][1], "sensitivity": seen[-1][1]}
             metrics |= {"gmacs": outcome.macs / 1e9, "macs_ratio": outcome.macs / study.setting.dense["macs"]}
         return TrialRecord(
             number=trial.number,

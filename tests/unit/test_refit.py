@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.calibration import sample_outputs
 from ranksearch.decompositions import FORMATS, prepare
-from ranksearch.refit import recalibrate, sequential_regression
+from ranksearch.refit import recalibrate, regauge, sensitivity_of, sequential_regression
 from ranksearch.surgery import build_layer, find_layers, geometry, kernel_of
 from tests.cases import PAIRS, LayerCase
 from tests.networks import SmallNet, small_images, small_net
@@ -130,3 +130,36 @@ def test_modes_and_momenta_are_restored_after_an_error() -> None:
     with pytest.raises(RuntimeError):
         recalibrate(net.eval(), [torch.zeros(2, 5, 8, 8)])
     assert (net[1].momentum, net.training, net[1].training) == (0.1, False, False)
+
+
+LOOPED = [("tensor-chain", (2, 4, 5)), ("cp", (9,)), ("cp4", (9,))]
+
+
+@pytest.mark.parametrize(("name", "ranks"), LOOPED)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_another_gauge_is_the_same_network(name: str, ranks: tuple[int, ...], groups: int) -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(8 * groups, 10 * groups, 3, padding=1, groups=groups)
+    conv, (weight, bias) = geometry(dense, (1, 8 * groups, 7, 7)), kernel_of(dense)
+    layer = build_layer(FORMATS[name], conv, prepare(FORMATS[name], conv, weight), ranks, bias, torch.float32)
+    model = nn.Sequential(layer)
+    with torch.no_grad():  # scales that leave the network as it is, as training drifts along them
+        for stage, scale in zip(layer, [30.0] + [1 / 30.0] + [1.0] * (len(layer) - 2), strict=True):
+            stage.weight.mul_(scale)
+    chains = {"0": (name, conv, ranks)}
+    images = torch.randn(4, 8 * groups, 7, 7)
+    before, sensitive = model(images), sensitivity_of(model, chains)
+    regauge(model, chains)
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
+    assert sensitivity_of(model, chains) < 0.2 * sensitive
+
+
+def test_formats_without_a_gauge_of_their_own_are_left_alone() -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(8, 10, 3)
+    conv, (weight, bias) = geometry(dense, (1, 8, 7, 7)), kernel_of(dense)
+    form = FORMATS["tucker2"]
+    model = nn.Sequential(build_layer(form, conv, prepare(form, conv, weight), (4, 5), bias, torch.float32))
+    before = copy.deepcopy(model.state_dict())
+    regauge(model, {"0": ("tucker2", conv, (4, 5))})
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
