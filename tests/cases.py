@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Family = Literal["spatial", "pointwise", "grouped"]
 Compose = str | Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -124,3 +125,26 @@ PAIRS: tuple[tuple[str, LayerCase], ...] = tuple(
     (name, case) for name, form in FORMATS.items() for case in LAYERS if case.family == form.family
 )
 """Every format with every layer that it is for."""
+
+
+def border_rank(size: int = 4) -> Tensor:
+    """A cube of rank 3 and border rank 2, a a b + a b a + b a a: rank 2 comes as near as you like and never there."""
+    a, b = torch.eye(size, dtype=torch.float64)[:2]
+    terms = ((a, a, b), (a, b, a), (b, a, a))
+    return torch.stack([torch.einsum("i,j,k->ijk", *term) for term in terms]).sum(0)
+
+
+def conv_like(*shape: int, noise: float = 0.02, seed: int = 0) -> Tensor:
+    """A kernel (spatial, in, out) whose modes' spectra decay as 1 / n, with noise of this norm; float64, norm 1.
+
+    The over-complete case of CP is (9, 32, 32) at rank 48: more components than channels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kernel = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for mode, size in enumerate(shape):
+        basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+        spectrum = 1 / torch.arange(1, size + 1, dtype=torch.float64)
+        kernel = torch.tensordot(basis * spectrum, kernel.movedim(mode, 0), 1).movedim(0, mode)
+    extra = torch.randn(shape, generator=generator, dtype=torch.float64)
+    kernel = kernel / kernel.norm() + noise * extra / extra.norm()
+    return kernel / kernel.norm()

@@ -79,22 +79,22 @@ def cp_als(
         DecompositionError: the tensor or the start is not finite.
         RankError: the rank is below 1 or the order below 2, or the start does not fit the tensor.
     """
-    whole, norm = _normalised(tensor)
+    whole, scale = _normalised(tensor)
     given = None if start is None else _checked_start(whole, rank, start)
     if rank < 1:
         raise RankError(f"the rank of a CP decomposition must be at least 1; found {rank}.")
-    if norm == 0.0:
+    if scale == 0.0:
         zeros = tuple(whole.new_zeros(n, rank, dtype=torch.float64) for n in whole.shape)
         return Fit(factors=zeros, error=0.0, sweeps=0)
     if given is not None:
-        given = rebalanced([*(f.double() for f in given[:-1]), given[-1].double() / norm])
+        given = rebalanced([*(f.double() for f in given[:-1]), given[-1].double() / scale])
     fits = [
         _attempt(whole, rank, given if attempt == 0 else None, sweeps, tolerance, (seed, attempt))
         for attempt in range(max(restarts, 1))
     ]
     best = min(fits, key=lambda fit: fit.error)
-    factors = rebalanced([*best.factors[:-1], best.factors[-1] * norm])
-    error = min(1.0, squared_error(tensor.detach(), factors) / norm**2)
+    factors = rebalanced([*best.factors[:-1], best.factors[-1] * scale])
+    error = min(1.0, best.error / float(whole.double().square().sum()))
     return Fit(factors=factors, error=error, sweeps=sum(fit.sweeps for fit in fits))
 
 
@@ -219,7 +219,7 @@ def _solved(mode: int, product: Tensor, grams: list[Tensor], old: Tensor, rho: f
 
 
 def _normalised(tensor: Tensor) -> tuple[Tensor, float]:
-    """The tensor at norm 1, and its norm; raises where there is nothing to decompose."""
+    """The tensor at a norm from 1 to 2, and the power of two that it was divided by, exactly; 0 for a zero tensor."""
     if tensor.ndim < 2:
         raise RankError(f"a CP decomposition needs a tensor of order 2 or more; found shape {tuple(tensor.shape)}.")
     tensor = tensor.detach()
@@ -228,7 +228,8 @@ def _normalised(tensor: Tensor) -> tuple[Tensor, float]:
     norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
     if not math.isfinite(norm):
         raise DecompositionError("the kernel holds NaN or infinite values. Check the pretrained weights.")
-    return (tensor / norm if norm > 0 else tensor).contiguous(), norm
+    scale = 2.0 ** math.floor(math.log2(norm)) if norm > 0 else 0.0
+    return (tensor / scale if norm > 0 else tensor).contiguous(), scale
 
 
 def _checked_start(tensor: Tensor, rank: int, start: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -251,12 +252,12 @@ def _attempt(
     if given is not None:
         more = rebalanced(peel(tensor.double() - cp_tensor(given), rank - given[0].shape[1]))
         start = tuple(torch.cat(pair, 1) for pair in zip(given, more, strict=True))
-        return _descended(tensor, start, sweeps, tolerance)
+        return _descended(tensor, start, sweeps, tolerance, fresh=more[0].shape[1])
     core, bases = compressed(tensor, rank)
     smaller = core.numel() <= tensor.numel() // 2
     small = core if smaller else tensor
-    start = rebalanced(peel(small, rank)) if seed[1] == 0 else _random(small, rank, seed)
-    fit = _descended(small, start, sweeps, tolerance)
+    start = rebalanced(peel(small, rank)) if seed[1] == 0 else _random(small.shape, rank, seed, small.device)
+    fit = _descended(small, start, sweeps, tolerance, fresh=rank if seed[1] == 0 else 0)
     if not smaller:
         return fit
     expanded = tuple(basis @ factor for basis, factor in zip(bases, fit.factors, strict=True))
@@ -264,17 +265,30 @@ def _attempt(
     return Fit(factors=polished.factors, error=polished.error, sweeps=fit.sweeps + polished.sweeps)
 
 
-def _random(tensor: Tensor, rank: int, seed: tuple[int, int]) -> Factors:
+def _shaken(factors: Factors, fresh: int) -> Factors:
+    """The last ``fresh`` columns with a thousandth of noise: `peel` may sit on a saddle, where sweeps stay for ever."""
+    old = factors[0].shape[1] - fresh
+    noise = _random([f.shape[0] for f in factors], fresh, (0, 0), factors[0].device)
+    pairs = [(f[:, :old], f[:, old:], n * (1e-3 / f.shape[0] ** 0.5)) for f, n in zip(factors, noise, strict=True)]
+    return tuple(torch.cat([kept, new + new.norm(dim=0) * n], 1) for kept, new, n in pairs)
+
+
+def _random(sizes: Sequence[int], rank: int, seed: tuple[int, int], device: torch.device) -> Factors:
     """Normal columns; drawn on the CPU, so that every device has the same."""
     generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
-    draw = [torch.randn(n, rank, generator=generator, dtype=torch.float64) for n in tensor.shape]
-    return tuple(f.to(tensor.device) for f in draw)
+    return tuple(torch.randn(n, rank, generator=generator, dtype=torch.float64).to(device) for n in sizes)
 
 
-def _descended(tensor: Tensor, start: Factors, sweeps: int, tolerance: float) -> Fit:
-    """Sweeps from ``start`` over a tensor of norm 1 or less; the best factors met, and their squared error."""
+def _descended(tensor: Tensor, start: Factors, sweeps: int, tolerance: float, *, fresh: int = 0) -> Fit:
+    """Sweeps from ``start`` over a tensor of norm about 1; the best factors met, and their squared error.
+
+    The last ``fresh`` columns are those of `peel`.
+    """
     total = float(tensor.double().square().sum())
-    error = squared_error(tensor, start)
+    before = squared_error(tensor, start)
+    if before <= _EXACT or sweeps == 0:
+        return Fit(factors=start, error=before, sweeps=0)
+    shaken = _shaken(start, fresh)
     work = tensor
 
     def step(factors: Factors, least: float) -> tuple[Factors, float]:
@@ -284,14 +298,22 @@ def _descended(tensor: Tensor, start: Factors, sweeps: int, tolerance: float) ->
         rho = torch.finfo(work.dtype).eps * factors[0].shape[1]
         new, product, grams = sweep(work, factors, partial(_solved, rho=rho))
         found = float(total - 2.0 * (product * new[-1]).sum() + (others(grams, len(grams) - 1) * grams[-1]).sum())
-        return rebalanced(new), found if found > 1e-9 else squared_error(work, new)
+        return rebalanced(new), found if found > 1e-6 else squared_error(work, new)
 
-    factors, error, taken = accelerated(start, error, step, sweeps=sweeps, tolerance=tolerance, enough=_EXACT)
-    return Fit(factors=factors, error=error, sweeps=taken)
+    error = squared_error(tensor, shaken)
+    factors, _, taken = accelerated(shaken, error, step, sweeps=sweeps, tolerance=tolerance, enough=_EXACT)
+    error = squared_error(tensor, factors)
+    return Fit(factors=factors if error < before else start, error=min(error, before), sweeps=taken)
 
 
 def accelerated(
-    start: Factors, value: float, step: Step, *, sweeps: int, tolerance: float, enough: float = 0.0
+    start: Factors,
+    value: float,
+    step: Step,
+    *,
+    sweeps: int,
+    tolerance: float,
+    enough: float = 0.0,
 ) -> tuple[Factors, float, int]:
     """The best factors, their value and the number of steps, where every step restarts ahead of the best so far.
 

@@ -42,8 +42,8 @@ _EXACT = 1e-12
 _FLOOR = 1e-14
 """Least eigenvalue of a mode's system over its largest."""
 
-_MARGIN = 1e-9
-"""Share of a bound left to rounding."""
+_MARGIN = 1e-11
+"""Share of a bound left to rounding, besides what the cancellation of the components costs."""
 
 
 def cp_sensitivity(factors: Sequence[Tensor]) -> float:
@@ -139,7 +139,7 @@ def bounded(
     def step(factors: Factors, _: float) -> tuple[Factors, float]:
         new, product, grams = sweep(unit, factors, update)
         error = _error(1.0, product, new, grams)
-        return (new := rebalance(new)), error if cp_sensitivity(new) <= cap else math.inf
+        return (new := rebalance(new)), error if cp_sensitivity(new) <= cap * (1 + 1e-13) else math.inf
 
     error = squared_error(unit, factors)
     return _scaled(accelerated(factors, error, step, sweeps=sweeps, tolerance=tolerance, enough=_EXACT)[0], norm)
@@ -246,7 +246,8 @@ def _least_sensitive(
     """
     weights = _weights([g.diagonal() for g in grams], mode, sizes, objective)
     path = _RidgePath(product, others(grams, mode), weights)
-    room = bound * (1 - _MARGIN) - 1e-14 - (total - float((path.squares / path.values).sum()))
+    rounding = 64 * torch.finfo(torch.float64).eps * (total + float(_product([g.diagonal() for g in grams]).sum()))
+    room = bound * (1 - _MARGIN) - rounding - (total - float((path.squares / path.values).sum()))
     if room <= 0:
         return path.factor(0.0)
     inverse = _root(path.squares / path.values**3, 1 / path.values, room)
@@ -259,7 +260,7 @@ def _least_error(
     """The factor of least squared error among those of sensitivity at most ``limit``."""
     squares = [g.diagonal() for g in grams]
     path = _RidgePath(product, others(grams, mode), _weights(squares, mode, sizes, "sensitivity"))
-    room = limit * (1 - _MARGIN) - sizes[mode] * float(_product(squares, mode).sum())
+    room = limit * (1 - 1e-13) - sizes[mode] * float(_product(squares, mode).sum())
     if room <= 0:
         return old
     return path.factor(_root(path.squares, path.values, room))
