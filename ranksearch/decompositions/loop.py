@@ -37,8 +37,8 @@ Cores = tuple[Tensor, Tensor, Tensor]
 Ranks = tuple[int, int, int]
 """(R, p, q)."""
 
-_TRIAL_SWEEPS = 10
-"""Sweeps that every start gets before the best one goes on alone."""
+_TRIAL_SWEEPS = 8
+"""Sweeps that every start gets before the better half goes on."""
 _PATIENCE = 3
 """Small gains in a row that end a fit: after an undone step a single one is small by chance."""
 _EXACT = 1e-13
@@ -54,7 +54,7 @@ class ChainFit:
     error: float
     """Squared norm of the residual over that of the tensor, 0 to 1."""
     sweeps: int
-    """Sweeps over the cores that the winning start took."""
+    """Sweeps over the cores on the way to them."""
 
 
 @contextmanager
@@ -120,22 +120,20 @@ def chain_als(
         ranks: ``(R, p, q)``.
         start: cores to start from instead of the built-in starts; of these ranks.
         sweeps: bound on the sweeps.
-        tolerance: stop when a sweep changes the error by less than this (relative).
-        restarts: starts of each kind: 1 is the two made from the tensor alone, each one more adds a random one.
+        tolerance: stop when sweeps in a row change the error by less than this each (relative).
+        restarts: 1 for the two starts made from the tensor alone; each one more adds a random start.
         seed: of the random starts, and of directions that the tensor does not provide.
 
     Raises:
         RankError: ranks out of bounds.
-        DecompositionError: the tensor holds NaN or infinite values.
+        DecompositionError: NaN or infinite values, or a start of other shapes.
     """
-    _check_ranks(tensor, ranks)
-    _require_finite("the kernel", tensor)
+    _check(tensor, ranks, start)
+    _require_finite("the kernel and the start", tensor, *(start or ()))
     scale = torch.linalg.vector_norm(tensor.double())
     blocks, p, q = ranks
     if not float(scale) > 0.0:
-        core, first, last = (
-            tensor.new_zeros(shape) for shape in zip(tensor.shape, (p, blocks, blocks), (q, p, q), strict=True)
-        )
+        core, first, last = (tensor.new_zeros(shape) for shape in _shapes(tensor, ranks))
         return ChainFit(cores=(core, first, last), error=0.0, sweeps=0)
     unit = tensor.double() / scale
     begin = None if start is None else _ring((start[0] / scale, start[1], start[2]))
@@ -231,7 +229,7 @@ def _sensitivity(ring: Ring) -> float:
     return float(sum(terms[1:], terms[0]))
 
 
-def _check_ranks(tensor: Tensor, ranks: Ranks) -> None:
+def _check(tensor: Tensor, ranks: Ranks, start: Cores | None) -> None:
     if tensor.ndim != 3:
         raise DecompositionError(f"a chain is fitted to a tensor (D, S, T), found the shape {tuple(tensor.shape)}.")
     _, s, t = tensor.shape
@@ -240,6 +238,14 @@ def _check_ranks(tensor: Tensor, ranks: Ranks) -> None:
             f"ranks of a chain must be (R, p, q) with R >= 1, 1 <= p <= {s} and 1 <= q <= {t}; found {ranks}. "
             "Choose ranks within the bounds."
         )
+    shapes = [tuple(core.shape) for core in start] if start is not None else []
+    if start is not None and shapes != _shapes(tensor, ranks):
+        raise DecompositionError(f"the start's cores must be {_shapes(tensor, ranks)} for {ranks}, found {shapes}.")
+
+
+def _shapes(tensor: Tensor, ranks: Ranks) -> list[tuple[int, ...]]:
+    (d, s, t), (blocks, p, q) = tensor.shape, ranks
+    return [(d, p, q), (s, blocks, p), (t, blocks, q)]
 
 
 def _require_finite(what: str, *values: Tensor) -> None:
@@ -290,10 +296,10 @@ def _best_basis(after: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _fit(unit: Tensor, ranks: Ranks, restarts: int, seed: int, sweeps: int, tolerance: float) -> tuple[Ring, int]:
-    """A few sweeps from every start, the rest from the best; in the leading subspaces first where that is far cheaper.
+    """A few sweeps from every start, a few more from the better half, and so on; the rest from the best one.
 
-    A chain reaches no more than R p and R q dimensions of the two channel modes, and nearly the leading ones: a fifth of
-    the sweeps in full is plenty after half of them there.
+    In the leading subspaces first, where that is far cheaper: a chain reaches no more than R p and R q dimensions of
+    the two channel modes, and nearly the leading ones; after half of the sweeps there, a tenth in full is plenty.
     """
     blocks, p, q = ranks
     small, bases = unit, None
@@ -301,15 +307,18 @@ def _fit(unit: Tensor, ranks: Ranks, restarts: int, seed: int, sweeps: int, tole
         first, last = leading(unit, blocks * p, blocks * q)
         bases = first[:, :, 0], last[:, 0]
         small = bases[0].T @ unit @ bases[1]
-    trial = min(_TRIAL_SWEEPS, sweeps)
-    tried = [_descend(small, ring, trial, tolerance) for ring in starts(small, ranks, restarts, seed)]
-    ring, error, used = min(tried, key=lambda fit: fit[1])
-    if error > _EXACT and sweeps > trial:
-        ring, error, more = _descend(small, ring, sweeps - trial if bases is None else sweeps // 2, tolerance)
+    rings, used, error = list(starts(small, ranks, restarts, seed)), 0, float("inf")
+    while len(rings) > 1 and used < sweeps:
+        trial = min(_TRIAL_SWEEPS, sweeps - used)
+        tried = sorted((_descend(small, ring, trial, tolerance) for ring in rings), key=lambda fit: fit[1])
+        rings, error, used = [ring for ring, _, _ in tried[: len(rings) // 2]], tried[0][1], used + trial
+    ring, limit = rings[0], sweeps if bases is None else used + sweeps // 2
+    if error > _EXACT and used < limit:
+        ring, error, more = _descend(small, ring, limit - used, tolerance)
         used += more
     if bases is not None:
         ring = ring[0], einsum("sx,xpr->spr", bases[0], ring[1]), einsum("tx,xrq->trq", bases[1], ring[2])
-        ring, error, more = _descend(unit, ring, max(sweeps // 5, 1), tolerance)
+        ring, error, more = _descend(unit, ring, max(sweeps // 10, 1), tolerance)
         used += more
     return ring, used
 

@@ -75,7 +75,7 @@ def hooi(unit: Tensor, p: int, q: int, start: Tensor | None, sweeps: int, tolera
         half = einsum("dst,sp->tdp", unit, first)
         last = descending_eigh(half.flatten(1) @ half.flatten(1).T)[1][:, None, :q]
         core = einsum("tdp,trq->dqp", half, last)
-        before, error = error, float(1 - core.square().sum())
+        before, error = error, max(float(1 - core.square().sum()), 0.0)
         if before - error <= tolerance * error:
             break
     return (core, first[..., None].contiguous(), last.contiguous()), used

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_regauge_keeps_the_tensor_and_never_raises_the_sensitivity(d, s, t, rank
 
 
 def test_regauge_is_the_best_over_all_basis_changes():
-    """Nelder-Mead is hopeless here, BFGS from the balanced cores and from random bases finds nothing better."""
+    """BFGS over all three bases, on the noise itself, finds nothing better."""
     cores = random_cores(5, 4, 6, (2, 2, 3), seed=3)
     best = chain_sensitivity(regauge(cores, sweeps=500, tolerance=0.0))
 
@@ -157,13 +158,14 @@ def test_more_blocks_are_never_worse_than_one(ranks):
     assert chain_als(tensor, ranks).error <= chain_als(tensor, (1, *ranks[1:])).error
 
 
+# Least squares of chains has local minima, so it takes a few random starts to find what was planted.
 @pytest.mark.parametrize(
     ("d", "s", "t", "ranks"),
     [(9, 12, 14, (2, 3, 3)), (9, 20, 16, (4, 2, 3)), (9, 10, 10, (4, 1, 1)), (5, 8, 9, (2, 3, 3))],
 )
 def test_planted_chains_are_recovered(d, s, t, ranks):
     tensor = chain_tensor(random_cores(d, s, t, ranks, seed=5))
-    fit = chain_als(tensor, ranks, sweeps=1000, tolerance=1e-6, restarts=4)
+    fit = chain_als(tensor, ranks, sweeps=1000, tolerance=1e-6, restarts=9)
     assert fit.error < 1e-6
     assert error(tensor, fit.cores) == pytest.approx(fit.error, abs=1e-12)
 
@@ -178,10 +180,10 @@ def test_full_bonds_are_exact(blocks):
 
 
 def test_large_cores_in_a_krylov_space_fit_as_well_as_in_full(monkeypatch):
-    tensor = kernel(9, 32, 32, decay=0.8)
-    full = chain_als(tensor, (2, 12, 12))
-    monkeypatch.setattr("ranksearch.decompositions.loop_core._DIRECT", 20)
-    assert chain_als(tensor, (2, 12, 12)).error == pytest.approx(full.error, rel=0.05)
+    tensor = kernel(9, 24, 24, decay=0.8)
+    full = chain_als(tensor, (2, 8, 8))
+    monkeypatch.setattr("ranksearch.decompositions.loop_core._DIRECT", 10)
+    assert chain_als(tensor, (2, 8, 8)).error == pytest.approx(full.error, rel=0.05)
     corrected = correct_chain(tensor, full.cores)
     assert error(tensor, corrected) <= full.error * 1.05**2 * (1 + 1e-5)
     assert chain_sensitivity(corrected) < chain_sensitivity(full.cores) / 2
@@ -229,6 +231,28 @@ def test_any_ranks_within_the_bounds_give_finite_cores(ranks):
     corrected = correct_chain(tensor, fit.cores)
     assert error(tensor, corrected) <= 1.05**2 * fit.error * (1 + 1e-6) + 1e-12
     assert chain_sensitivity(corrected) <= chain_sensitivity(fit.cores) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("ranks", [(1, 3, 3), (3, 3, 3), (12, 2, 2), (4, 8, 2)])
+def test_kernels_of_less_rank_than_asked_for_are_exact(ranks):
+    generator = torch.Generator().manual_seed(0)
+    core, first, last = (torch.randn(shape, generator=generator).double() for shape in ((9, 2, 2), (8, 2), (9, 2)))
+    tensor = torch.einsum("dab,sa,tb->dst", core, first, last)
+    tensor[:, :2] = 0.0
+    fit = chain_als(tensor, ranks)
+    corrected = correct_chain(tensor, fit.cores)
+    assert max(error(tensor, fit.cores), error(tensor, corrected)) < 1e-12
+    assert chain_sensitivity(corrected) < 1e3 * float(tensor.square().sum())
+
+
+def test_starts_of_zeros_or_of_any_size_are_borne_and_other_shapes_refused():
+    tensor = kernel(9, 8, 9)
+    good = random_cores(9, 8, 9, (2, 2, 3))
+    assert chain_als(tensor, (2, 2, 3), start=(good[0] * 1e12, good[1] * 1e-9, good[2])).error < 0.9
+    zeros = chain_als(tensor, (2, 2, 3), start=(good[0] * 0, good[1] * 0, good[2] * 0))
+    assert zeros.error == pytest.approx(1.0)
+    with pytest.raises(DecompositionError, match="start"):
+        chain_als(tensor, (2, 3, 2), start=good)
 
 
 def test_a_zero_kernel_gives_zero_cores():
@@ -342,13 +366,13 @@ def least_core(cores: list[Tensor], n: int, tensor: Tensor) -> np.ndarray:
 
 def test_correction_after_a_long_fit_from_a_bad_start_frees_much_sensitivity():
     tensor = kernel(9, 16, 16)
-    fit = chain_als(tensor, (6, 4, 4), start=random_cores(9, 16, 16, (6, 4, 4)), sweeps=800, tolerance=0.0)
+    fit = chain_als(tensor, (6, 4, 4), start=random_cores(9, 16, 16, (6, 4, 4)), sweeps=400, tolerance=0.0)
     before = chain_sensitivity(fit.cores)
     reached = []
-    for sweeps in (1, 3, 10, 30):
+    for sweeps in (1, 5, 20):
         corrected = correct_chain(tensor, fit.cores, sweeps=sweeps, tolerance=0.0)
         assert error(tensor, corrected) <= 1.05**2 * fit.error * (1 + 1e-6)
         reached.append(chain_sensitivity(corrected))
-    assert all(later <= earlier for earlier, later in zip([before, *reached], reached, strict=False))
+    assert all(later <= earlier for earlier, later in pairwise([before, *reached]))
     assert reached[-1] < before / 10
     assert chain_sensitivity(correct_chain(tensor, fit.cores, slack=1.0)) <= before
