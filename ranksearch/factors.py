@@ -13,7 +13,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,7 +60,13 @@ def prepared_factors(
     """
     tensors = [weight, *(vars(statistics).values() if statistics is not None else ())]
     key = content_hash(tensors, f"{_CACHE_VERSION} {form} {conv}")
-    return _entry(cache / "factors" / f"{key}.safetensors", lambda: prepare(FORMATS[form], conv, weight, statistics))
+
+    def compute() -> dict[str, Tensor]:
+        # Short fits are thousands of small products, which more threads only slow down.
+        with nullcontext() if FORMATS[form].nested else threads(1):
+            return prepare(FORMATS[form], conv, weight, statistics)
+
+    return _entry(cache / "factors" / f"{key}.safetensors", compute)
 
 
 def factors_at(

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from ranksearch.conv import Conv
-from ranksearch.decompositions.als import Factors, cp_als, peel
+from ranksearch.decompositions.als import Factors, cp_als
 from ranksearch.decompositions.format import (
     UNSTABILISED,
     Prepared,
     Ranks,
     Statistics,
+    pointwise,
     require_plain,
     square_roots,
 )
 from ranksearch.decompositions.grid import shares
 from ranksearch.decompositions.ladder import cp_ladder, interpolated
+from ranksearch.decompositions.peel import peel
 from ranksearch.decompositions.stabilise import bounded, correct, rebalance
 from ranksearch.space import RanksSpec, StabiliseSpec
 
@@ -124,11 +126,6 @@ def along(conv: Conv, axes: Sequence[int], size: Sequence[int]) -> Conv:
         for field, idle in fields
     }
     return conv.resized(size=tuple(size), bias=False, **changes)
-
-
-def pointwise(matrix: Tensor, ndim: int) -> Tensor:
-    """A matrix ``(out, in)`` as a kernel of size 1."""
-    return matrix.reshape(*matrix.shape, *[1] * ndim)
 
 
 def whitened(prepared: Prepared) -> Tensor:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ranksearch.conv import Conv
-from ranksearch.decompositions.cp import pointwise, unwhitened, whitened
+from ranksearch.decompositions.cp import unwhitened, whitened
 from ranksearch.decompositions.format import (
     UNSTABILISED,
     Prepared,
     Ranks,
     Statistics,
     lost,
+    pointwise,
     require_plain,
     square_roots,
 )

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ranksearch.conv import Conv
-from ranksearch.decompositions.cp import depthwise, exact_rank, fitted, pointwise
+from ranksearch.decompositions.cp import depthwise, exact_rank, fitted
 from ranksearch.decompositions.format import (
     UNSTABILISED,
     Prepared,
     Ranks,
     Statistics,
     lost,
+    pointwise,
     require_plain,
     square_roots,
 )

@@ -459,7 +459,8 @@ def test_mistakes_in_a_space_are_told_all_at_once(run: Any, project: Path) -> No
     (project / "space.yaml").write_text(SPACE + "budget: {trails: 3}\nseed: soon\n")
     ended = run("search", "space.yaml")
     ended.error("2 problems", "$.budget.trails: unknown key", "Did you mean `trials`?", "$.seed", "'soon'")
-    names = "formats: [tucker2, tukcer2]\nfix: {conv1: {format: cpd, ranks: [1]}}\nstrategy: {name: optuan, sampler: tpee}\n"
+    names = "formats: [tucker2, tukcer2]\nfix: {conv1: {format: cpd, ranks: [1]}}\n"
+    names += "strategy: {name: optuan, sampler: tpee}\n"
     (project / "space.yaml").write_text(SPACE + "sede: 1\n" + names)
     for command in ("inspect", "search"):
         told = run(command, "space.yaml")
