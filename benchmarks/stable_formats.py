@@ -122,14 +122,14 @@ def main() -> None:
     """Train all networks, two at a time, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=78, help="optimiser steps of 128 images")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.05], help="learning rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03], help="learning rates")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--results", type=Path, help="JSON lines to keep; what is there is not run again")
     chosen = parser.parse_args()
     jobs = [
         Job(method=method, target=target, learning_rate=rate, seed=seed)
-        for target in TARGETS
         for rate in chosen.rates
+        for target in TARGETS
         for method in METHODS
         for seed in SEEDS
     ]
@@ -147,7 +147,7 @@ def main() -> None:
             if path:
                 with path.open("a") as file:
                     file.write(json.dumps(result) + "\n")
-    results.sort(key=lambda r: (-r["target"], r["learning_rate"], list(METHODS).index(r["method"]), r["seed"]))
+    results.sort(key=lambda r: (r["learning_rate"], -r["target"], list(METHODS).index(r["method"]), r["seed"]))
     print("\n".join(rows(results)))
     found = versions()
     print(
