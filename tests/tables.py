@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from math import exp
 
@@ -57,7 +57,7 @@ def _layer(name: str, conv: Conv, candidates: int, decay: float) -> LayerPrices:
     return LayerPrices(name=name, conv=conv, candidates=(*compressed, dense))
 
 
-@lru_cache(maxsize=64)
+@cache
 def measured_table(layers: int = 18, candidates: int = 20, seed: int = 0) -> PriceTable:
     """:func:`price_table` with the spectra of random kernels, and what replacing one layer alone loses as prices."""
     table = price_table(layers, candidates, seed)
@@ -74,6 +74,31 @@ def measured_table(layers: int = 18, candidates: int = 20, seed: int = 0) -> Pri
         kernel = random_kernel(layer.conv.weight_shape, rank=2 + 3 * at % 11, seed=seed + at)
         priced.append(replace(layer, candidates=tuple(found), spectra=spectra_of(kernel)))
     return replace(table, layers=tuple(priced))
+
+
+def every_rank_table(channels: Sequence[int] = (8, 12, 16), seed: int = 0) -> PriceTable:
+    """1x1 layers, each with every rank that costs less than dense; errors and spectra of random kernels."""
+    layers = []
+    for i, width in enumerate(channels):
+        conv = Conv(in_channels=width, out_channels=3 * width, size=(16 >> i, 16 >> i), bias=False)
+        kernel = random_kernel(conv.weight_shape, rank=3 + i, seed=seed + i)
+        squares = np.square(np.linalg.svd(kernel[:, :, 0, 0], compute_uv=False))
+        unit, parameters = conv.macs // (3 * width**2) * 4 * width, 4 * width
+        found = [
+            Candidate(
+                format="svd",
+                ranks=(r,),
+                macs=r * unit,
+                params=r * parameters,
+                error=float(squares[r:].sum() / squares.sum()),
+            )
+            for r in range(1, width)
+            if r * unit < conv.macs
+        ]
+        dense = Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0)
+        layers.append(LayerPrices(name=f"fc{i}", conv=conv, candidates=(*found, dense), spectra=spectra_of(kernel)))
+    macs, params = (sum(getattr(layer.conv, name) for layer in layers) for name in ("macs", "params"))
+    return PriceTable(layers=tuple(layers), other_macs=0, other_params=0, dense_macs=macs, dense_params=params)
 
 
 def random_kernel(shape: tuple[int, ...], *, rank: int, noise: float = 0.1, seed: int = 0) -> NDArray[np.float64]:

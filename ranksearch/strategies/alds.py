@@ -9,10 +9,12 @@ channels, each truncated to rank j. Layer l then errs, relative to its norm, by 
 For given k the budget is met by one threshold on e over all layers, by root finding; for given budgets of the layers
 the best k of each is taken; the two alternate 4 times from 15 random starts, and the least largest error is kept.
 
-Ours: a MAC budget too (every parameter of the two stages is used once an output pixel); one more start with k = 1
-everywhere; and, as the table's candidates are other formats, what ALDS decides is each layer's cost: the layer
-takes its candidate of least predicted error within that. Every budget gives a rank map, worked out when it is its turn.
-Read from the table: the spectra ``columns-k``, for every k to be tried.
+Ours: under one threshold the layers do not depend on each other, so with the cheapest k of each layer at every
+threshold one root finding gives the least largest error of all, which the alternation only comes near to; that is the
+default, ``exact: false`` is theirs (with one more start, k = 1 everywhere). A MAC budget too (every parameter of the
+two stages is used once an output pixel). And, as the table's candidates are other formats, what ALDS decides is each
+layer's cost: the layer takes its candidate of least predicted error within that. Every budget gives a rank map, worked
+out when it is its turn. Read from the table: the spectra ``columns-k``, for every k to be tried.
 """
 
 from __future__ import annotations
@@ -72,6 +74,8 @@ class Alds:
     seed: int
     cost: Cost = "macs"
     """What the budget is of: ``macs`` or ``params``."""
+    exact: bool = True
+    """Whether the least largest error is found at once; else by the paper's alternation."""
 
     def __post_init__(self) -> None:
         check_cost(self.cost)
@@ -94,7 +98,8 @@ def _rung(rule: Alds, table: PriceTable, k: int) -> Choices:
     costs = [[cost_of(candidate, rule.cost) for candidate in layer.candidates] for layer in table.layers]
     least, most = sum(min(layer) for layer in costs), sum(layer[-1] for layer in costs)
     budget = int(least + van_der_corput(k) * (most - least))
-    shares, _ = allocate(_folded(table, rule.cost), budget, seed=rule.seed)
+    layers = _folded(table, rule.cost)
+    shares, _ = allocate(layers, budget) if rule.exact else alternate(layers, budget, seed=rule.seed)
     choices = []
     for layer, prices, share in zip(table.layers, costs, shares, strict=True):
         within = [i for i, cost in enumerate(prices) if cost <= share]
@@ -133,8 +138,16 @@ def fold(layer: LayerPrices, cost: Cost = "macs") -> Folded:
     )
 
 
-def allocate(layers: Sequence[Folded], budget: int, *, seed: int = 0) -> tuple[tuple[int, ...], float]:
-    """Every layer's cost within the budget, and the largest error; rank 1 everywhere where even that is dearer."""
+def allocate(layers: Sequence[Folded], budget: int) -> tuple[tuple[int, ...], float]:
+    """Every layer's cost within the budget, in its best groups, and the least largest error there is.
+
+    Where even rank 1 everywhere is dearer than the budget, that is the answer; so below.
+    """
+    return share_out(layers, [range(len(layer.units)) for layer in layers], budget)
+
+
+def alternate(layers: Sequence[Folded], budget: int, *, seed: int = 0) -> tuple[tuple[int, ...], float]:
+    """As :func:`allocate`, by the paper's alternation from random groups: the error may be larger."""
     rng = np.random.default_rng([seed, budget])
     counts = [len(layer.units) for layer in layers]
     starts = [[0] * len(layers), *(rng.integers(counts).tolist() for _ in range(STARTS))]
@@ -144,20 +157,22 @@ def allocate(layers: Sequence[Folded], budget: int, *, seed: int = 0) -> tuple[t
         for _ in range(ROUNDS + 1):
             if ks in found:  # another start came by here
                 break
-            costs, _ = found[ks] = share_out(layers, ks, budget)
+            costs, _ = found[ks] = share_out(layers, [(k,) for k in ks], budget)
             ks = tuple(_best_groups(layer, k, cost) for layer, k, cost in zip(layers, ks, costs, strict=True))
     return min(found.values(), key=lambda one: (sum(one[0]) > budget, one[1], sum(one[0])))
 
 
-def share_out(layers: Sequence[Folded], ks: Sequence[int], budget: int) -> tuple[tuple[int, ...], float]:
+def share_out(layers: Sequence[Folded], allowed: Sequence[Sequence[int]], budget: int) -> tuple[tuple[int, ...], float]:
     """Every layer's cost under the least threshold on the errors that meets the budget, and that threshold.
 
+    Each layer takes the cheapest of its ``allowed`` numbers of groups, which are given by their places.
     The thresholds that matter are the errors themselves; the root is found among them by bisection.
     """
-    thresholds = sorted({error for layer, k in zip(layers, ks, strict=True) for error in layer.errors[k]})
+    pairs = list(zip(layers, allowed, strict=True))
+    thresholds = sorted({error for layer, ks in pairs for k in ks for error in layer.errors[k]})
 
     def costs(at: int) -> tuple[int, ...]:
-        return tuple(layer.cost(k, thresholds[at]) for layer, k in zip(layers, ks, strict=True))
+        return tuple(min(layer.cost(k, thresholds[at]) for k in ks) for layer, ks in pairs)
 
     low, high = 0, len(thresholds) - 1
     while low < high:

@@ -103,14 +103,20 @@ def evb_rank(values: tuple[float, ...], shape: tuple[int, int]) -> int:
         values: singular values, largest first; those left out are zero.
         shape: of the matrix, either way round.
     """
+    if not values[0]:
+        return 0
+    rows, columns = min(shape), max(shape)
+    least = columns * evb_noise(values, shape) * _threshold(rows / columns)
+    return int((np.square(values) > least).sum())
+
+
+def evb_noise(values: tuple[float, ...], shape: tuple[int, int]) -> float:
+    """The variance s2 of the noise, of a matrix that is not zero."""
     rows, columns = min(shape), max(shape)
     squares = np.zeros(rows)
-    squares[: len(values)] = np.square(values) / (columns * (values[0] or 1.0) ** 2)
-    if not squares.any():
-        return 0
+    squares[: len(values)] = np.square(values) / (columns * values[0] ** 2)
     ratio = rows / columns
-    threshold = _threshold(ratio)
-    return int((squares > threshold * _noise(squares, ratio, threshold)).sum())
+    return values[0] ** 2 * _noise(squares, ratio, _threshold(ratio))
 
 
 def _threshold(ratio: float) -> float:

@@ -23,7 +23,7 @@ CASES: dict[str, list[StrategySpec]] = {
     "lc": [StrategySpec(name="lc"), StrategySpec(name="lc", price="loss", options={"cost": "params"})],
     "eps": [StrategySpec(name="eps", price="drop")],
     "evbmf": [StrategySpec(name="evbmf", options={"floor": 1})],
-    "alds": [StrategySpec(name="alds"), StrategySpec(name="alds", options={"cost": "params"})],
+    "alds": [StrategySpec(name="alds"), StrategySpec(name="alds", options={"cost": "params", "exact": False})],
     "greedy": [StrategySpec(name="greedy"), StrategySpec(name="greedy", price="loss")],
     "greedy-multi-step": [
         StrategySpec(name="greedy-multi-step"),

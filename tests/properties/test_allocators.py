@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 from math import inf
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.strategies.alds import Folded, allocate, fold, share_out
+from ranksearch.strategies.alds import Folded, allocate, alternate, fold, share_out
 from ranksearch.strategies.energy import Energy
 from ranksearch.strategies.eps import Eps
 from ranksearch.strategies.greedy import Greedy
@@ -20,19 +20,20 @@ from ranksearch.strategies.knapsack import Knapsack, predicted_front
 from ranksearch.strategies.ladder import Rule
 from ranksearch.strategies.lc import Lc
 from ranksearch.strategies.uniform import Uniform
-from ranksearch.table import PriceTable
-from tests.tables import measured_table
+from ranksearch.strategies.water_filling import WaterFilling
+from ranksearch.table import DENSE, Candidate, PriceTable
+from tests.tables import every_rank_table, measured_table
 
 Layer = tuple[list[int], list[float]]
 
 layers = st.integers(1, 6).flatmap(
     lambda n: st.tuples(
         st.lists(st.integers(0, 10**7), min_size=n, max_size=n),
-        st.lists(st.floats(-1, 10, allow_subnormal=False), min_size=n, max_size=n),
+        st.lists(st.integers(-64, 640).map(lambda n: n / 64), min_size=n, max_size=n),  # they add up without rounding
     )
 )
 networks = st.lists(layers, min_size=1, max_size=4)
-tables = st.builds(measured_table, st.integers(1, 4), st.integers(1, 5), st.integers(0, 20))
+tables = st.builds(measured_table, st.integers(1, 4), st.integers(1, 5), st.integers(0, 1))
 RULES: list[Rule] = [Knapsack(), Knapsack(price="loss"), Lc(), Greedy(), Greedy(price="loss"), Uniform(), Energy()]
 
 
@@ -46,10 +47,10 @@ def every(network: list[Layer]) -> list[tuple[int, float]]:
 
 
 def front(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The front of points, those told apart by rounding alone as one."""
+    """The points that no other beats."""
     kept: list[tuple[int, float]] = []
     for cost, loss in sorted(points):
-        if not kept or loss < kept[-1][1] - 1e-9:
+        if not kept or loss < kept[-1][1]:
             kept.append((cost, loss))
     return kept
 
@@ -62,30 +63,29 @@ def priced(table: PriceTable, price: str, cost: str = "macs") -> list[Layer]:
 
 
 @given(networks, st.sampled_from(["as it comes", "merging", "grid"]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_the_knapsack_gives_the_front_of_all_rank_maps(network: list[Layer], way: str) -> None:
     if way == "grid":  # small enough for one cell a unit
         network = [([cost % 997 for cost in costs], losses) for costs, losses in network]
     costs, losses = zip(*network, strict=True)
     limits = {"merging": {"cells": 0, "pairs": 10**9}, "grid": {"pairs": 0}, "as it comes": {}}[way]
     found = [totals(network, choices) for choices in predicted_front(costs, losses, **limits)]
-    assert front(found) == pytest.approx(front(every(network)), abs=1e-9)
-    assert found == sorted(found)
+    assert found == front(every(network))
 
 
 @given(networks, st.integers(8, 60))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_a_coarse_knapsack_loses_no_more_than_the_best_some_units_below(network: list[Layer], cells: int) -> None:
     costs, losses = zip(*network, strict=True)
     found = [totals(network, choices) for choices in predicted_front(costs, losses, cells=cells, pairs=0)]
     reach = sum(max(c) - min(c) for c in costs)
     slack = len(network) * -(-reach // (cells - len(network)))
     for cost, loss in every(network):
-        assert min(lost for spent, lost in found if spent <= cost + slack) <= loss + 1e-9
+        assert min(lost for spent, lost in found if spent <= cost + slack) <= loss
 
 
 @given(tables, st.sampled_from(["predicted", "loss", "drop"]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_greedy_is_never_worse_than_uniform_and_never_better_than_the_knapsack(table: PriceTable, price: str) -> None:
     network = priced(table, price)
     greedy = [totals(network, choices) for choices in Greedy(price=price).maps(table)]
@@ -96,8 +96,8 @@ def test_greedy_is_never_worse_than_uniform_and_never_better_than_the_knapsack(t
         assert min(lost for spent, lost in exact if spent <= cost) <= loss + 1e-9
 
 
-@given(networks, st.lists(st.floats(1e-9, 1e-3), min_size=1, max_size=5))
-@settings(deadline=None)
+@given(st.lists(layers, min_size=1, max_size=3), st.lists(st.floats(1e-9, 1e-3), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=50)
 def test_lc_minimises_loss_and_cost_at_every_exchange_rate(network: list[Layer], rates: list[float]) -> None:
     table = table_of(network)
     network = priced(table, "predicted")
@@ -109,20 +109,16 @@ def test_lc_minimises_loss_and_cost_at_every_exchange_rate(network: list[Layer],
 
     for alpha in rates:
         assert best(found, alpha) == pytest.approx(best(points, alpha), rel=1e-9, abs=1e-9)
-    # And no other: each of its maps is the best at some rate, which lies between two slopes of pairs of points.
-    slopes = {(b - a) / (c - d) for c, a in points for d, b in points if c > d}
-    edges = sorted({0.0, *(s for s in slopes if s > 0), 2 * max(slopes, default=0.0) + 1.0})
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)] or [1.0]
+    # And no other: each of its maps is the best at some rate, between two slopes from candidate to candidate.
+    slopes = {(b - a) / (c - d) for each in network for c, a in zip(*each) for d, b in zip(*each) if c > d}  # noqa: B905
+    edges = sorted({0.0, *(s for s in slopes if s > 0), 2 * max(slopes) + 1.0})
+    lines = {middle: best(points, middle) for middle in ((a + b) / 2 for a, b in pairwise(edges))}
     for cost, loss in found:
-        assert any(alpha * cost + loss <= best(points, alpha) + 1e-9 for alpha in middles)
+        assert any(alpha * cost + loss <= least + 1e-9 for alpha, least in lines.items())
 
 
 def table_of(network: list[Layer]) -> PriceTable:
     """A table of one layer for each of ``network``, dense the dearest and exact."""
-    from dataclasses import replace
-
-    from ranksearch.table import DENSE, Candidate
-
     table = measured_table(len(network), 1)
     made = []
     for layer, (costs, losses) in zip(table.layers, network, strict=True):
@@ -134,7 +130,7 @@ def table_of(network: list[Layer]) -> PriceTable:
 
 
 @given(tables)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_eps_takes_of_every_layer_the_cheapest_within_the_tolerance(table: PriceTable) -> None:
     falls = [[c.price("drop") for c in layer.candidates] for layer in table.layers]
     scanned = {table.dense}
@@ -143,7 +139,7 @@ def test_eps_takes_of_every_layer_the_cheapest_within_the_tolerance(table: Price
     assert set(Eps(price="drop").maps(table)) == scanned
 
 
-folded = st.builds(measured_table, st.integers(1, 3), st.just(3), st.integers(0, 30)).map(
+folded = st.builds(measured_table, st.integers(1, 3), st.just(3), st.integers(0, 2)).map(
     lambda table: [fold(layer) for layer in table.layers]
 )
 
@@ -168,7 +164,7 @@ def test_alds_finds_the_least_largest_error_within_the_budget(network: list[Fold
     every_split = list(product(*(range(len(layer.units)) for layer in network)))
     exact = {groups: least_largest_error(network, groups, budget) for groups in every_split}
     for groups in every_split:
-        costs, error = share_out(network, groups, budget)
+        costs, error = share_out(network, [(k,) for k in groups], budget)
         if exact[groups] < inf:
             assert (error, sum(costs) <= budget) == (exact[groups], True)
         else:
@@ -176,26 +172,24 @@ def test_alds_finds_the_least_largest_error_within_the_budget(network: list[Fold
     costs, error = allocate(network, budget)
     if min(exact.values()) < inf:
         assert sum(costs) <= budget
+        assert error == min(exact.values())
+        costs, error = alternate(network, budget)
+        assert sum(costs) <= budget
         assert min(exact.values()) <= error <= exact[(0,) * len(network)]
-        assert error <= min(exact.values()) * 1.1  # the starts do not try all splits
 
 
 @given(st.sampled_from(RULES), tables)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_a_ladder_has_its_cheapest_rank_map_and_ends_at_the_least_loss(rule: Rule, table: PriceTable) -> None:
     maps = list(rule.maps(table))
     costs = [table.macs(choices) for choices in maps]
     errors = [sum(x.candidates[i].error for x, i in zip(table.layers, choices, strict=True)) for choices in maps]
     assert min(costs) == table.least_macs
     assert min(errors) == 0
-    assert bisect_right(sorted(costs), table.dense_macs) == len(costs)
+    assert max(costs) <= table.dense_macs
 
 
 def test_water_filling_keeps_the_directions_of_most_energy_per_mac() -> None:
-    from tests.unit.test_allocators import every_rank_table
-
-    from ranksearch.strategies.water_filling import WaterFilling
-
     table = every_rank_table(seed=3)
     directions = []
     for at, layer in enumerate(table.layers):
