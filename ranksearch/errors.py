@@ -45,6 +45,10 @@ class BudgetError(RanksearchError):
     """No candidate or trial meets the asked budget; the message names the nearest."""
 
 
+class PriceError(RanksearchError):
+    """A price or a spectrum that a strategy reads and the price table lacks."""
+
+
 class RebuildError(RanksearchError):
     """A trial that was built again and does not score as recorded."""
 

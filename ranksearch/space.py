@@ -154,7 +154,13 @@ class StrategySpec(Section):
     """How proposals are made."""
 
     name: str = "optuna"
-    """A strategy: ``uniform``, ``energy``, ``random``, ``optuna``."""
+    """A strategy. ``optuna`` and ``greedy-multi-step`` learn from the trials, ``random`` does not; the others read
+    a ladder of rank maps off the price table: ``knapsack``, ``greedy``, ``lc``, ``water-filling``, ``energy``,
+    ``uniform``, ``eps``, ``evbmf``, ``alds``."""
+    price: str = "predicted"
+    """The loss of a candidate that ``knapsack``, ``greedy``, ``lc`` and ``eps`` reckon with: ``predicted`` (the error
+    of the table), or a measured one of replacing that layer alone: ``weight``, ``output``, ``divergence``, ``loss``,
+    ``second-order``, ``drop``."""
     sampler: str = "nsga2"
     """Optuna's sampler: ``nsga2``, ``nsga3``, ``tpe``, ``gp``, ``qmc``, ``random``, or a class as
     ``package.module:Class``."""
@@ -165,7 +171,8 @@ class StrategySpec(Section):
     seed_maps: list[str] = []
     """Rank maps of your own (JSON files) to try first."""
     batch: Positive = 4
-    """How many proposals are made before their outcomes are looked at, when ``deterministic``."""
+    """How many proposals are made before their outcomes are looked at, when ``deterministic``; ``greedy-multi-step``
+    measures as many moves at a time."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the strategy or of Optuna's sampler."""
 

@@ -1,6 +1,8 @@
 """The price table: what every candidate of every layer costs, and the error it is predicted to make; no tensors.
 
 A network's MACs are the sum over its layers, so a proposal (one candidate per searched layer) is priced by addition.
+Besides its predicted error a candidate may have measured prices, and a layer the singular values of its kernel: for the
+strategies that read them.
 """
 
 from __future__ import annotations
@@ -8,12 +10,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from ranksearch.conv import Conv
+from ranksearch.errors import PriceError
 
 DENSE = "dense"
 """The name of the choice that leaves a layer as it is."""
+
+PREDICTED: Final = "predicted"
+"""The price that every table has: the predicted error."""
+
+MEASURED: Final = ("weight", "output", "divergence", "loss", "second-order", "drop")
+"""Prices that are measured with one layer replaced alone: the relative squared error of its kernel and of its output,
+the divergence of the network's outputs, the rise of its loss, a second-order estimate of that, its fall in accuracy."""
+
+UNFOLDINGS: Final = {
+    "svd": ("out",),
+    "channel-svd": ("out",),
+    "spatial-svd": ("row",),
+    "tucker2": ("in", "out"),
+    "tensor-train": ("in", "row", "out"),
+}
+"""Formats whose every rank is that of an unfolding of the kernel, with the unfoldings in the order of the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +48,27 @@ class Candidate:
     """Predicted relative squared error, 0 (exact) to 1 (everything lost), in the metric of the format's factors. Close
     to the share of the output's variance lost for ``svd`` and ``channel-svd``; up to three times too high for
     ``tucker2`` and too low for ``spatial-svd``, so it compares ranks better than formats."""
+    prices: tuple[tuple[str, float], ...] = ()
+    """Measured losses of replacing this layer alone, by name (see ``MEASURED``)."""
+
+    def price(self, name: str) -> float:
+        """The loss called ``name``; ``predicted`` is the error, and dense loses nothing unless it was measured.
+
+        Raises:
+            PriceError: the table was made without this price.
+        """
+        if name == PREDICTED:
+            return self.error
+        found = dict(self.prices)
+        if name not in found and self.dense:
+            return 0.0
+        if name not in found:
+            known = ", ".join((PREDICTED, *found))
+            raise PriceError(
+                f"$.strategy.price must be in the price table, found {name!r}; {self.format} {self.ranks} has {known}. "
+                "Take one of these, or start a new search, which measures the price that the space names."
+            )
+        return found[name]
 
     @property
     def dense(self) -> bool:
@@ -43,6 +83,10 @@ class LayerPrices:
     name: str
     conv: Conv
     candidates: tuple[Candidate, ...]
+    spectra: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """Singular values, largest first, of the kernel's unfoldings by name: ``in``, ``out``, ``row`` (see
+    :func:`unfolding_shape`); ``columns-k``: of its k groups of input channels, each a T x (S/k h w) matrix, the largest
+    among the groups at every place."""
 
     def __post_init__(self) -> None:
         costs = [candidate.macs for candidate in self.candidates]
@@ -53,6 +97,20 @@ class LayerPrices:
         """Index of the candidate of least error that costs at most ``macs_limit`` MACs; the cheapest if none does."""
         affordable = [i for i, candidate in enumerate(self.candidates) if candidate.macs <= macs_limit]
         return min(affordable, key=lambda i: (self.candidates[i].error, self.candidates[i].macs), default=0)
+
+    def spectrum(self, name: str) -> tuple[float, ...]:
+        """Singular values of the unfolding ``name``, largest first.
+
+        Raises:
+            PriceError: the table was made without them.
+        """
+        found = dict(self.spectra)
+        if name not in found:
+            raise PriceError(
+                f"{self.name} must have the spectrum {name!r} in the price table, found: {', '.join(found) or 'none'}. "
+                "Start a new search, whose table has them, or take a strategy that needs none, such as `knapsack`."
+            )
+        return found[name]
 
     def cheapest(self, error_limit: float) -> int:
         """Index of the cheapest candidate whose error is at most ``error_limit``; dense is always one."""
@@ -72,6 +130,10 @@ class PriceTable:
     dense_params: int
     pinned: tuple[tuple[str, Conv, Candidate], ...] = ()
     """Layers fixed by the user, with their geometry and one candidate; their cost is part of ``other_macs``."""
+
+    def __hash__(self) -> int:
+        # Strategies look up at every proposal what they worked out for a table: hashing all its numbers takes longer.
+        return hash((self.dense_macs, self.other_macs, *((layer.name, len(layer.candidates)) for layer in self.layers)))
 
     @property
     def size(self) -> int:
@@ -116,7 +178,12 @@ class PriceTable:
         """A dict of JSON types; ``from_json`` reads it back."""
         return {
             "layers": [
-                {"name": x.name, "conv": x.conv.to_json(), "candidates": [asdict(c) for c in x.candidates]}
+                {
+                    "name": x.name,
+                    "conv": x.conv.to_json(),
+                    "candidates": [asdict(c) for c in x.candidates],
+                    "spectra": [[name, list(values)] for name, values in x.spectra],
+                }
                 for x in self.layers
             ],
             "other_macs": self.other_macs,
@@ -128,13 +195,14 @@ class PriceTable:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The table written by ``to_json``."""
+        """The table written by ``to_json``, also where measured prices and spectra were not known of yet."""
         return cls(
             layers=tuple(
                 LayerPrices(
                     name=x["name"],
                     conv=Conv.from_json(x["conv"]),
                     candidates=tuple(_candidate(c) for c in x["candidates"]),
+                    spectra=tuple((name, tuple(values)) for name, values in x.get("spectra", ())),
                 )
                 for x in data["layers"]
             ),
@@ -146,5 +214,15 @@ class PriceTable:
         )
 
 
+def unfolding_shape(conv: Conv, name: str) -> tuple[int, int]:
+    """Rows and columns of an unfolding of the kernel ``(T, S, h, w)``.
+
+    ``in``: S x (T h w). ``out``: T x (S h w). ``row``: (S h) x (T w), as ``spatial-svd`` splits it.
+    """
+    t, s, h, w = conv.weight_shape
+    return {"in": (s, t * h * w), "out": (t, s * h * w), "row": (s * h, t * w)}[name]
+
+
 def _candidate(data: dict[str, Any]) -> Candidate:
-    return Candidate(**{**data, "ranks": tuple(data["ranks"])})
+    prices = tuple((name, price) for name, price in data.get("prices", ()))
+    return Candidate(**{**data, "ranks": tuple(data["ranks"]), "prices": prices})

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from math import exp
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ranksearch.conv import Conv
 from ranksearch.table import DENSE, Candidate, LayerPrices, PriceTable
@@ -52,6 +55,74 @@ def _layer(name: str, conv: Conv, candidates: int, decay: float) -> LayerPrices:
     ]
     dense = Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0)
     return LayerPrices(name=name, conv=conv, candidates=(*compressed, dense))
+
+
+@cache
+def measured_table(layers: int = 18, candidates: int = 20, seed: int = 0) -> PriceTable:
+    """:func:`price_table` with the spectra of random kernels, and what replacing one layer alone loses as prices."""
+    table = price_table(layers, candidates, seed)
+    dense = table_outcome(table, table.dense)
+    priced = []
+    for at, layer in enumerate(table.layers):
+        found = []
+        for i, candidate in enumerate(layer.candidates):
+            outcome = table_outcome(table, (*table.dense[:at], i, *table.dense[at + 1 :]))
+            loss, drop = outcome.loss - dense.loss, dense.accuracy_search - outcome.accuracy_search
+            prices = (("weight", candidate.error), ("loss", loss), ("drop", drop))
+            ranks = () if candidate.dense else (-(-(i + 1) * layer.conv.out_channels // candidates),)
+            found.append(replace(candidate, prices=prices, ranks=ranks))
+        kernel = random_kernel(layer.conv.weight_shape, rank=2 + 3 * at % 11, seed=seed + at)
+        priced.append(replace(layer, candidates=tuple(found), spectra=spectra_of(kernel)))
+    return replace(table, layers=tuple(priced))
+
+
+def every_rank_table(channels: Sequence[int] = (8, 12, 16), seed: int = 0) -> PriceTable:
+    """1x1 layers, each with every rank that costs less than dense; errors and spectra of random kernels."""
+    layers = []
+    for i, width in enumerate(channels):
+        conv = Conv(in_channels=width, out_channels=3 * width, size=(16 >> i, 16 >> i), bias=False)
+        kernel = random_kernel(conv.weight_shape, rank=3 + i, seed=seed + i)
+        squares = np.square(np.linalg.svd(kernel[:, :, 0, 0], compute_uv=False))
+        unit, parameters = conv.macs // (3 * width**2) * 4 * width, 4 * width
+        found = [
+            Candidate(
+                format="svd",
+                ranks=(r,),
+                macs=r * unit,
+                params=r * parameters,
+                error=float(squares[r:].sum() / squares.sum()),
+            )
+            for r in range(1, width)
+            if r * unit < conv.macs
+        ]
+        dense = Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0)
+        layers.append(LayerPrices(name=f"fc{i}", conv=conv, candidates=(*found, dense), spectra=spectra_of(kernel)))
+    macs, params = (sum(getattr(layer.conv, name) for layer in layers) for name in ("macs", "params"))
+    return PriceTable(layers=tuple(layers), other_macs=0, other_params=0, dense_macs=macs, dense_params=params)
+
+
+def random_kernel(shape: tuple[int, ...], *, rank: int, noise: float = 0.1, seed: int = 0) -> NDArray[np.float64]:
+    """A kernel whose channel modes have some ``rank``, with Gaussian noise on it."""
+    rng = np.random.default_rng([seed, rank])
+    t, s, h, w = shape
+    core = rng.standard_normal((rank, rank, h, w)) * 0.8 ** np.arange(rank)[:, None, None, None]
+    outer, inner = rng.standard_normal((t, rank)), rng.standard_normal((s, rank))
+    kernel: NDArray[np.float64] = np.einsum("ta,sb,abhw->tshw", outer, inner, core) / rank
+    return kernel + noise * rng.standard_normal(shape)
+
+
+def spectra_of(kernel: NDArray[np.float64]) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """The spectra of a kernel ``(T, S, h, w)`` as the price table has them."""
+    t, s, h, w = kernel.shape
+    matrices = {
+        "in": [kernel.transpose(1, 0, 2, 3).reshape(s, -1)],
+        "out": [kernel.reshape(t, -1)],
+        "row": [kernel.transpose(1, 2, 0, 3).reshape(s * h, t * w)],
+    }
+    for k in (1, 2, 4):
+        matrices[f"columns-{k}"] = [part.reshape(t, -1) for part in np.split(kernel, k, axis=1)]
+    found = {name: [np.linalg.svd(m, compute_uv=False) for m in each] for name, each in matrices.items()}
+    return tuple((name, tuple(np.max(values, axis=0).tolist())) for name, values in found.items())
 
 
 def table_outcome(table: PriceTable, choices: Sequence[int]) -> Outcome:

@@ -1,25 +1,36 @@
 """Strategies: arithmetic on the price table and the trials so far, which says what to try next.
 
 To add one, write a frozen dataclass with ``propose`` in a file of this folder, whose answer depends on nothing but its
-own fields and the arguments, and which never proposes choices that a trial had before. Add a function that makes it
-from the space's ``strategy`` section to ``STRATEGIES``. Add it to the table in
+own fields and the arguments, and which never proposes choices that a trial had before; where it only picks rank maps
+off the price table, a ``Rule`` of ``ladder.py`` is enough. Add a function that makes it from the space's ``strategy``
+section to ``STRATEGIES``. Add it to the table in
 ``tests/conformance/test_strategies.py``, which then tests everything a strategy must keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Protocol
+from inspect import signature
+from typing import Any, Protocol, TypeVar
 
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
+from ranksearch.strategies.alds import Alds
 from ranksearch.strategies.energy import Energy
+from ranksearch.strategies.eps import Eps
+from ranksearch.strategies.evbmf import Evbmf
+from ranksearch.strategies.greedy import Greedy
+from ranksearch.strategies.greedy_multi_step import GreedyMultiStep
 from ranksearch.strategies.history import proposals_made, tried
+from ranksearch.strategies.knapsack import Knapsack
+from ranksearch.strategies.ladder import Ladder, Rule
+from ranksearch.strategies.lc import Lc
 from ranksearch.strategies.random import Random
 from ranksearch.strategies.uniform import Uniform
-from ranksearch.table import PriceTable
+from ranksearch.strategies.water_filling import WaterFilling
+from ranksearch.table import MEASURED, PREDICTED, PriceTable
 from ranksearch.trial import Proposal, Signal, Trial
 
 __all__ = ["STRATEGIES", "USER", "Strategy", "build_strategy"]
@@ -41,23 +52,51 @@ class Strategy(Protocol):
         ...
 
 
+Built = TypeVar("Built")
+
 Maker = Callable[[StrategySpec, int, tuple[str, ...]], Strategy]
 """Makes a strategy from the space's section, the seed and the objectives; raises SpaceError."""
 
 
-def _uniform(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    _refuse_options(spec)
-    return Uniform()
+def _ladder(kind: type[Rule]) -> Maker:
+    """The maker of a rule's ladder."""
+    return lambda spec, seed, objectives: Ladder(rule=_built(kind, spec, objectives))
 
 
-def _energy(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    _refuse_options(spec)
-    return Energy()
+def _built(kind: type[Built], spec: StrategySpec, objectives: tuple[str, ...], **given: Any) -> Built:
+    """``kind`` with the spec's options for its fields, but for those ``given``.
+
+    A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs.
+    """
+    fields = signature(kind).parameters
+    taken = [name for name in fields if name not in ("price", *given)]
+    if spec.options and not taken:
+        _refuse_options(spec)
+    problems = [_unknown_option(spec, option, taken) for option in spec.options if option not in taken]
+    if "price" in fields:
+        problems += _unknown_price(spec)
+        given["price"] = spec.price
+    if "cost" in taken and "params" in objectives and "macs" not in objectives:
+        given["cost"] = "params"
+    if not problems:
+        try:
+            return kind(**(given | spec.options))
+        except (TypeError, ValueError) as error:
+            rule, remedy = f"the strategy `{spec.name}` must accept its options ({error})", "Correct them."
+            problems.append(_problem("options", rule, repr(spec.options), remedy))
+    raise SpaceError("space", problems)
+
+
+def _alds(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+    return _built(Alds, spec, objectives, seed=seed)
+
+
+def _greedy_multi_step(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+    return _built(GreedyMultiStep, spec, objectives, batch=spec.batch)
 
 
 def _random(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    _refuse_options(spec)
-    return Random(seed=seed)
+    return _built(Random, spec, objectives, seed=seed)
 
 
 def _optuna(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
@@ -74,7 +113,20 @@ def _optuna(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strat
     return Optuna(sampler=sampler, options=options, seed=seed, objectives=objectives)
 
 
-STRATEGIES: dict[str, Maker] = {"uniform": _uniform, "energy": _energy, "random": _random, "optuna": _optuna}
+STRATEGIES: dict[str, Maker] = {
+    "uniform": _ladder(Uniform),
+    "energy": _ladder(Energy),
+    "water-filling": _ladder(WaterFilling),
+    "lc": _ladder(Lc),
+    "eps": _ladder(Eps),
+    "evbmf": _ladder(Evbmf),
+    "alds": _alds,
+    "greedy": _ladder(Greedy),
+    "greedy-multi-step": _greedy_multi_step,
+    "knapsack": _ladder(Knapsack),
+    "random": _random,
+    "optuna": _optuna,
+}
 """The strategies by their names in a space file."""
 
 _SEEDED = frozenset({"optuna"})
@@ -142,9 +194,26 @@ def _unknown(address: str, name: str) -> Problem:
     return Problem(address=address, rule="a strategy must be known", value=repr(name), remedy=remedy)
 
 
+def _unknown_option(spec: StrategySpec, option: str, known: Collection[str]) -> Problem:
+    near = get_close_matches(option, known, n=1)
+    remedy = f"Did you mean `{near[0]}`?" if near else f"It takes: {', '.join(known)}."
+    return _problem(f"options.{option}", f"unknown option of the strategy `{spec.name}`", "", remedy)
+
+
+def _unknown_price(spec: StrategySpec) -> list[Problem]:
+    known = (PREDICTED, *MEASURED)
+    if spec.price in known:
+        return []
+    near = get_close_matches(spec.price, known, n=1)
+    remedy = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(known)}."
+    return [_problem("price", "a price must be known", repr(spec.price), remedy)]
+
+
 def _refuse_options(spec: StrategySpec) -> None:
     if spec.options:
-        rule, value = f"the strategy `{spec.name}` takes no options", repr(spec.options)
-        raise SpaceError(
-            "space", [Problem(address="$.strategy.options", rule=rule, value=value, remedy="Remove them.")]
-        )
+        rule = f"the strategy `{spec.name}` takes no options"
+        raise SpaceError("space", [_problem("options", rule, repr(spec.options), "Remove them.")])
+
+
+def _problem(place: str, rule: str, value: str, remedy: str) -> Problem:
+    return Problem(address=f"$.strategy.{place}", rule=rule, value=value, remedy=remedy)

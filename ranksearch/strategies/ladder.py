@@ -1,4 +1,4 @@
-"""One number for the whole network: the rank maps it can give, and an order in which to try them.
+"""Ladders: a rule gives a family of rank maps, from the cheapest to dense, and an order in which to try them.
 
 A rule such as "every layer within this share of its MACs" turns one number into a rank map. Each layer's choice
 changes only where the number passes one of the layer's own thresholds, so the rule gives finitely many rank maps, and
@@ -11,13 +11,54 @@ proposed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
+from typing import Protocol
 
 from ranksearch.strategies.history import proposals_made, tried
 from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Signal, Trial
 
 Choices = tuple[int, ...]
+
+
+class Rule(Protocol):
+    """A family of rank maps; hashable, so that it is worked out once a table."""
+
+    @property
+    def name(self) -> str:
+        """The strategy's name."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+    def maps(self, table: PriceTable) -> Sequence[Choices]:
+        """Every rank map of the family, at least one; raises PriceError where the table lacks what the rule reads."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Rank maps of one rule, spread evenly over the MACs of the network; DONE after the last of them."""
+
+    rule: Rule
+
+    def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
+        """The next rank map, or DONE."""
+        known = tried(trials)
+        untried = [rung for rung in _rungs(self.rule, table) if rung[1] not in known]
+        if not untried:
+            return DONE
+        name = self.rule.name
+        target = target_macs(table, proposals_made(trials, name) + 1)
+        return Proposal(choices=min(untried, key=lambda rung: abs(rung[0] - target))[1], origin=name)
+
+
+@lru_cache(maxsize=16)
+def _rungs(rule: Rule, table: PriceTable) -> tuple[tuple[int, Choices], ...]:
+    """The rule's rank maps, each after its MACs."""
+    return tuple((table.macs(choices), choices) for choices in dict.fromkeys(rule.maps(table)))
 
 
 def sweep(start: Choices, steps: Sequence[Iterable[tuple[float, int]]]) -> tuple[Choices, ...]:
@@ -37,15 +78,9 @@ def sweep(start: Choices, steps: Sequence[Iterable[tuple[float, int]]]) -> tuple
     return tuple(found)
 
 
-def next_rung(table: PriceTable, family: Sequence[Choices], trials: Sequence[Trial], origin: str) -> Proposal | Signal:
-    """The untried rank map of ``family`` nearest to the next target of MACs, or DONE."""
-    known = tried(trials)
-    untried = [choices for choices in family if choices not in known]
-    if not untried:
-        return DONE
-    share = van_der_corput(proposals_made(trials, origin) + 1)
-    target = table.least_macs + share * (table.macs(table.dense) - table.least_macs)
-    return Proposal(choices=min(untried, key=lambda choices: abs(table.macs(choices) - target)), origin=origin)
+def target_macs(table: PriceTable, k: int) -> float:
+    """MACs that the ``k``-th rung (from 1) aims at, between the cheapest and the dense network."""
+    return table.least_macs + van_der_corput(k) * (table.macs(table.dense) - table.least_macs)
 
 
 def van_der_corput(k: int) -> float:

@@ -11,37 +11,54 @@ import pytest
 from ranksearch.space import StrategySpec
 from ranksearch.strategies import STRATEGIES, Strategy, build_strategy
 from ranksearch.table import PriceTable
-from ranksearch.trial import DONE, Proposal, Signal, Trial, objective_values
-from tests.tables import price_table, table_outcome
+from ranksearch.trial import DONE, WAIT, Proposal, Signal, Trial, objective_values
+from tests.tables import measured_table, price_table, table_outcome
 
 OBJECTIVES = ("accuracy", "macs")
 
 CASES: dict[str, list[StrategySpec]] = {
     "uniform": [StrategySpec(name="uniform")],
     "energy": [StrategySpec(name="energy")],
+    "water-filling": [StrategySpec(name="water-filling")],
+    "lc": [StrategySpec(name="lc"), StrategySpec(name="lc", price="loss", options={"cost": "params"})],
+    "eps": [StrategySpec(name="eps", price="drop")],
+    "evbmf": [StrategySpec(name="evbmf", options={"floor": 1})],
+    "alds": [StrategySpec(name="alds"), StrategySpec(name="alds", options={"cost": "params", "exact": False})],
+    "greedy": [StrategySpec(name="greedy"), StrategySpec(name="greedy", price="loss")],
+    "greedy-multi-step": [
+        StrategySpec(name="greedy-multi-step"),
+        StrategySpec(name="greedy-multi-step", batch=1, options={"step": 8, "target": 0.3, "measure": "accuracy"}),
+    ],
+    "knapsack": [StrategySpec(name="knapsack"), StrategySpec(name="knapsack", price="loss")],
     "random": [StrategySpec(name="random")],
     "optuna": [
         StrategySpec(sampler="nsga2", seed_points=3, options={"population_size": 6}),
         StrategySpec(sampler="nsga3", seed_points=3, options={"population_size": 6}),
         StrategySpec(sampler="tpe", seed_points=3),
         StrategySpec(sampler="qmc", seeds=[]),
-        StrategySpec(sampler="random", seeds=["random"], seed_points=4),
+        StrategySpec(sampler="random", seeds=["random", "knapsack", "greedy-multi-step"], seed_points=4),
         StrategySpec(sampler="optuna.samplers:BruteForceSampler", seed_points=2),
     ],
 }
 """Every strategy with the settings it is tested under."""
 
 TABLES = {
-    "18 layers": price_table(18, 20),
-    "3 layers": price_table(3, 4),
-    "1 layer": price_table(1, 6),
-    "only dense": price_table(4, 1),
-    "some only dense": replace(price_table(4, 5), layers=(*price_table(2, 5).layers, *price_table(4, 1).layers[2:])),
+    "18 layers": measured_table(18, 20),
+    "3 layers": measured_table(3, 4),
+    "1 layer": measured_table(1, 6),
+    "only dense": measured_table(4, 1),
+    "some only dense": replace(
+        measured_table(4, 5), layers=(*measured_table(2, 5).layers, *measured_table(4, 1).layers[2:])
+    ),
 }
 
 every_strategy = pytest.mark.parametrize(
     "spec",
-    [pytest.param(s, id=f"{name}-{s.sampler}" if name == "optuna" else name) for name in CASES for s in CASES[name]],
+    [
+        pytest.param(spec, id=f"{name}-{spec.sampler}" if name == "optuna" else f"{name}-{i}")
+        for name in CASES
+        for i, spec in enumerate(CASES[name])
+    ],
 )
 every_table = pytest.mark.parametrize("table", [pytest.param(table, id=name) for name, table in TABLES.items()])
 
@@ -75,7 +92,8 @@ class Search:
         answer: Proposal | Signal | None = None
         while answer is not DONE and len(self.trials) < proposals:
             running = [trial for trial in self.trials if trial.state == "RUNNING"]
-            if len(running) >= self.workers:
+            if len(running) >= self.workers or (running and answer is WAIT):
+                answer = None
                 self.finish(running[self.rng.integers(len(running))])
                 continue
             answer = strategy.propose(self.table, tuple(self.trials))

@@ -205,7 +205,7 @@ def test_another_process_proposes_the_same(sampler: str) -> None:
     ("section", "address", "remedy"),
     [
         ({"name": "optuan"}, "$.strategy.name", "Did you mean `optuna`?"),
-        ({"name": "zzz"}, "$.strategy.name", "Known: uniform, energy, random, optuna."),
+        ({"name": "zzz"}, "$.strategy.name", "Known: uniform, energy, water-filling, lc, "),
         ({"seeds": ["energy", "unifrom"]}, "$.strategy.seeds[1]", "Did you mean `uniform`?"),
         ({"sampler": "nsga"}, "$.strategy.sampler", "Did you mean `nsga"),
         ({"sampler": "no.such.module:Sampler"}, "$.strategy.sampler", "package.module:Class"),
@@ -216,6 +216,11 @@ def test_another_process_proposes_the_same(sampler: str) -> None:
         ({"options": {"seed": 8}}, "$.strategy.options.seed", "Set `seed` of the space"),
         ({"options": {"population_size": 1}}, "$.strategy.options", "Optuna's reference"),
         ({"name": "energy", "options": {"steps": 1}}, "$.strategy.options", "Remove them."),
+        ({"name": "lc", "options": {"costs": "macs"}}, "$.strategy.options.costs", "Did you mean `cost`?"),
+        ({"name": "knapsack", "options": {"cost": "watts"}}, "$.strategy.options", "Correct them."),
+        ({"name": "greedy", "price": "lost"}, "$.strategy.price", "Did you mean `loss`?"),
+        ({"name": "evbmf", "options": {"weakening": -1}}, "$.strategy.options", "Correct them."),
+        ({"name": "greedy-multi-step", "options": {"step": 0}}, "$.strategy.options", "Correct them."),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_remedy(section: dict[str, Any], address: str, remedy: str) -> None:
