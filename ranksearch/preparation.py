@@ -30,6 +30,8 @@ from ranksearch.models import build_model, digits_weights, find_weights, load_we
 from ranksearch.pricing import Factors, Selection, decompose, price, select
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import DataSpec, Space
+from ranksearch.spectra import with_spectra
+from ranksearch.strategies import READ_SPECTRA
 from ranksearch.study import Setting
 from ranksearch.surgery import channels_last, count_macs, count_params
 from ranksearch.training import computes_bfloat16, steps_of
@@ -219,6 +221,8 @@ def settle(network: Network, factors: Factors, failed: Mapping[str, str], notify
     """
     space, selection = network.space, network.selection
     table, dear = price(space, selection, factors)
+    if READ_SPECTRA & {space.strategy.name, *space.strategy.seeds}:
+        table = with_spectra(table, network.model)
     notify("scoring the dense network", 0, 1)
     device, batch = device_of(space), space.evaluation.batch_images
     search = score(network.model, network.data.search, network.data, batch_images=batch, device=device)

@@ -86,7 +86,7 @@ class LayerPrices:
     spectra: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """Singular values, largest first, of the kernel's unfoldings by name: ``in``, ``out``, ``row`` (see
     :func:`unfolding_shape`); ``columns-k``: of its k groups of input channels, each a T x (S/k h w) matrix, the largest
-    among the groups at every place."""
+    among the groups at every place. Of grouped layers likewise the largest among their groups."""
 
     def __post_init__(self) -> None:
         costs = [candidate.macs for candidate in self.candidates]
@@ -215,11 +215,12 @@ class PriceTable:
 
 
 def unfolding_shape(conv: Conv, name: str) -> tuple[int, int]:
-    """Rows and columns of an unfolding of the kernel ``(T, S, h, w)``.
+    """Rows and columns of an unfolding of the kernel ``(T, S, h, w)`` of each group.
 
     ``in``: S x (T h w). ``out``: T x (S h w). ``row``: (S h) x (T w), as ``spatial-svd`` splits it.
     """
-    t, s, h, w = conv.weight_shape
+    t, s, h, *rest = conv.group.weight_shape
+    w = prod(rest)
     return {"in": (s, t * h * w), "out": (t, s * h * w), "row": (s * h, t * w)}[name]
 
 

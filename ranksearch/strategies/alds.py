@@ -128,8 +128,8 @@ def fold(layer: LayerPrices, cost: Cost = "macs") -> Folded:
             f"{', '.join(name for name, _ in layer.spectra) or 'none'}. Start a new search, whose table has them, or "
             "take a strategy that needs none, such as `knapsack`."
         )
-    pixels = prod(conv.output_size) if cost == "macs" else 1
-    rows, columns = conv.weight_shape[0], prod(conv.weight_shape[1:])
+    rows, columns = conv.group.weight_shape[0], prod(conv.group.weight_shape[1:])
+    pixels = conv.macs // (rows * columns) if cost == "macs" else conv.groups  # times the layer's own groups
     norm = layer.spectrum("columns-1")[0] or 1.0
     return Folded(
         errors=tuple((*(s / norm for s in layer.spectrum(f"columns-{k}")[1:]), 0.0) for k in groups),
