@@ -6,14 +6,17 @@ its stages' kernels to the kernel of the convolution they replace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import nn
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Family = Literal["spatial", "pointwise", "depthwise"]
+Compose = str | Callable[[Sequence[np.ndarray]], np.ndarray]
+"""An einsum, or a function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class FormatCase:
 
     family: Family
     """The layers that it is for."""
-    compose: str
+    compose: Compose
     """Kernels of the stages, each ``(out, in, height, width)``, to ``(T, S, height, width)``; of one group."""
     ndims: tuple[int, ...] = (1, 2, 3)
     """Numbers of spatial axes that it is for."""

@@ -32,8 +32,9 @@ def kernel(name: str, stages: Sequence[np.ndarray], groups: int = 1) -> np.ndarr
     ndim = max(stage.ndim for stage in stages) - 2
     # The einsum knows two axes: of one, the other is 1; of three, the last two go together.
     whole = [s.reshape(*s.shape[:2], *(s.shape[2:3] or (1,)), int(np.prod(s.shape[3:]))) for s in stages]
-    chunks = [np.split(stage, groups) for stage in whole]
-    composed = np.concatenate([np.einsum(FORMATS[name].compose, *own) for own in zip(*chunks, strict=True)])
+    chunks = zip(*(np.split(stage, groups) for stage in whole), strict=True)
+    compose = FORMATS[name].compose
+    composed = np.concatenate([np.einsum(compose, *c) if isinstance(compose, str) else compose(c) for c in chunks])
     sizes = [max(s.shape[axis] for s in stages if s.ndim > axis) for axis in range(2, 2 + ndim)]
     return composed.reshape(*composed.shape[:2], *sizes)
 
