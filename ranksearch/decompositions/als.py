@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -108,8 +108,8 @@ def cp_als_all(
 ) -> list[Fit]:
     """`cp_als` of every layer, in order.
 
-    Layers share no work (stacking equal shapes into batches was measured to be slower on a CPU), so all there is to
-    gain is in ``map``: that of an executor runs them side by side.
+    One layer after the other under the ``map`` of Python, side by side under that of an executor. Layers of equal shape
+    are not stacked: they would need equal ranks too, which a search seldom gives them.
 
     Args:
         tensors: one a layer.
@@ -198,7 +198,7 @@ def _contracted(shared: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
 
 def others(grams: Sequence[Tensor], mode: int) -> Tensor:
     """The matrix of a mode's normal equations: the entrywise product of the other modes' Gram matrices."""
-    return math.prod((g for n, g in enumerate(grams) if n != mode), start=torch.ones_like(grams[0]))
+    return reduce(torch.mul, (g for n, g in enumerate(grams) if n != mode))
 
 
 def _solved(mode: int, product: Tensor, grams: list[Tensor], old: Tensor, rho: float) -> Tensor:

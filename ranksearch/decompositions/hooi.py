@@ -1,9 +1,10 @@
 """Tucker decomposition of some modes by higher-order orthogonal iteration (De Lathauwer, De Moor & Vandewalle 2000).
 
 The start is the truncated HOSVD, one mode after the other on what is left (Vannieuwenhoven et al. 2012). A sweep gives
-each mode the leading space of the tensor compressed in the other modes, by one step of orthogonal iteration on its
-Gram matrix from the present basis, for the price of a QR. The error is at or below that of the HOSVD, but the bases
-belong to their ranks: a smaller rank is not a slice.
+each mode the leading space of the tensor compressed in the other modes: one step of orthogonal iteration on its Gram
+matrix, from the last space and a quarter more columns, then the best of that space (Rayleigh & Ritz), at a fraction of
+an eigendecomposition. The error is at or below that of the HOSVD, but the bases belong to their ranks: a smaller rank
+is not a slice.
 """
 
 from __future__ import annotations
@@ -34,15 +35,23 @@ def hooi(tensor: Tensor, ranks: Mapping[int, int], *, sweeps: int = 3) -> tuple[
             raise RankError(f"the rank of mode {mode} must be 1 to {tensor.shape[mode]}; found {rank}.")
     if not bool(torch.isfinite(tensor).all()):
         raise DecompositionError("the kernel holds NaN or infinite values. Check the pretrained weights.")
-    bases: dict[int, Tensor] = {}
-    for mode, rank in ranks.items():
-        gram = _gram(_projected(tensor, bases), mode)
-        bases[mode] = descending_eigh(gram.double())[1][:, :rank].to(tensor.dtype).contiguous()
+    wide: dict[int, Tensor] = {}
+    for mode in ranks:
+        vectors = descending_eigh(_gram(_projected(tensor, _leading(wide, ranks)), mode).double())[1]
+        wide[mode] = vectors[:, : ranks[mode] + ranks[mode] // 4 + 8].to(tensor.dtype).contiguous()
     for _ in range(sweeps):
-        for mode, basis in bases.items():
-            rest = _projected(tensor, {n: b for n, b in bases.items() if n != mode})
-            bases[mode] = torch.linalg.qr(_gram(rest, mode) @ basis)[0]
+        for mode in ranks:
+            rest = _projected(tensor, {n: b for n, b in _leading(wide, ranks).items() if n != mode})
+            # In single precision the Gram matrix would blur the directions near the cut.
+            gram = _gram(rest.double(), mode)
+            space, _ = torch.linalg.qr(gram @ wide[mode].double())
+            wide[mode] = (space @ descending_eigh(space.T @ gram @ space)[1]).to(tensor.dtype)
+    bases = _leading(wide, ranks)
     return _projected(tensor, bases), bases
+
+
+def _leading(wide: Mapping[int, Tensor], ranks: Mapping[int, int]) -> dict[int, Tensor]:
+    return {mode: basis[:, : ranks[mode]] for mode, basis in wide.items()}
 
 
 def _projected(tensor: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
