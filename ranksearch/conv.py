@@ -108,6 +108,8 @@ class Conv:
     @property
     def group(self) -> Conv:
         """One of the groups, as a convolution of its own."""
+        if self.groups == 1:
+            return self
         return self.resized(
             in_channels=self.in_channels // self.groups, out_channels=self.out_channels // self.groups, groups=1
         )

@@ -16,19 +16,48 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.cases import FORMATS
 
 
-def kernel(name: str, stages: Sequence[Tensor]) -> np.ndarray:
-    """Kernel ``(T, S, height, width)`` of a chain, float64."""
-    whole = [stage.detach().double().reshape(*stage.shape, *[1] * (4 - stage.ndim)).numpy() for stage in stages]
+def weight(layer: nn.Module) -> np.ndarray:
+    """Kernel ``(T, S / groups, *kernel)`` of torch's own layer, float64."""
+    found = layer.weight.detach().double().numpy()
+    return _turned(found, layer.groups) if getattr(layer, "transposed", False) else found
+
+
+def _turned(found: np.ndarray, groups: int) -> np.ndarray:
+    """Out and in exchanged in every group, as torch's transposed layers have them."""
+    return np.concatenate([part.swapaxes(0, 1) for part in np.split(found, groups)])
+
+
+def kernel(name: str, stages: Sequence[np.ndarray], groups: int = 1) -> np.ndarray:
+    """Kernel ``(T, S / groups, *kernel)`` of a chain of kernels, those of every group composed apart."""
+    ndim = max(stage.ndim for stage in stages) - 2
+    # The einsum knows two axes: of one, the other is 1; of three, the last two go together.
+    whole = [s.reshape(*s.shape[:2], *(s.shape[2:3] or (1,)), int(np.prod(s.shape[3:]))) for s in stages]
+    chunks = zip(*(np.split(stage, groups) for stage in whole), strict=True)
     compose = FORMATS[name].compose
-    return np.einsum(compose, *whole) if isinstance(compose, str) else compose(whole)
+    composed = np.concatenate([np.einsum(compose, *c) if isinstance(compose, str) else compose(c) for c in chunks])
+    sizes = [max(s.shape[axis] for s in stages if s.ndim > axis) for axis in range(2, 2 + ndim)]
+    return composed.reshape(*composed.shape[:2], *sizes)
 
 
-def with_kernel(layer: nn.Conv2d | nn.Linear, weight: np.ndarray, bias: Tensor) -> nn.Module:
+def with_kernel(layer: nn.Module, kernel: np.ndarray, bias: Tensor) -> nn.Module:
     """torch's own layer of the same geometry, with this kernel and bias, in float64."""
     other = copy.deepcopy(layer).double()
-    other.weight = nn.Parameter(torch.from_numpy(weight).reshape(layer.weight.shape))
+    if getattr(layer, "transposed", False):
+        kernel = _turned(kernel, layer.groups)
+    other.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(kernel)).reshape(layer.weight.shape))
     other.bias = nn.Parameter(bias.detach().double().clone())
     return other
+
+
+def patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """Patches ``(N P, S, *kernel)`` under the kernel: torch's own layer with an output for every kernel element."""
+    size = weight(layer).shape[2:]
+    elements = x.shape[1] * int(np.prod(size))
+    one_hot = np.eye(elements).reshape(elements, x.shape[1], *size)
+    other = copy.deepcopy(layer)
+    other.groups, other.bias = 1, None
+    other.weight = nn.Parameter(torch.from_numpy(one_hot.swapaxes(0, 1) if layer.transposed else one_hot).to(x.dtype))
+    return other(x).detach().movedim(1, -1).reshape(-1, x.shape[1], *size)
 
 
 def macs(module: nn.Module, x: Tensor) -> int:
@@ -51,10 +80,10 @@ def truncation(matrix: np.ndarray, rank: int) -> float:
 
 def unfolded(name: str, weight: np.ndarray) -> np.ndarray:
     """The kernel as the matrix that a one-rank format truncates."""
-    t, s, height, width = weight.shape
     if name == "spatial-svd":
+        t, s, height, width = weight.shape
         return weight.transpose(1, 2, 0, 3).reshape(s * height, t * width)
-    return weight.reshape(t, -1)
+    return weight.reshape(weight.shape[0], -1)
 
 
 def hosvd(weight: np.ndarray, r_in: int, r_out: int) -> np.ndarray:

@@ -50,13 +50,15 @@ def cp_ladder(tensor: Tensor, top: int) -> tuple[list[float], list[float]]:
 def interpolated(places: Sequence[float], errors: Sequence[float], place: float) -> float:
     """The error at ``place``: its logarithm is on a line over that of the place; outside, that of the end.
 
+    The line ends at a floor, so that it can reach an error of 0.
+
     Args:
         places: rising; positive.
         errors: at the places, falling.
         place: positive.
     """
     at = bisect_left(places, place)
-    if at == len(places) or at == 0 or places[at] == place:
+    if at == len(places) or at == 0 or places[at] == place or errors[at - 1] <= 0:
         return errors[min(at, len(places) - 1)]
     share = math.log(place / places[at - 1]) / math.log(places[at] / places[at - 1])
     below, above = (math.log(max(error, FLOOR)) for error in errors[at - 1 : at + 1])
@@ -78,4 +80,5 @@ def on_grid(table: Sequence[Sequence[float]], row: float, column: float) -> floa
         return values[low] + (position - low) * (values[high] - values[low])
 
     logs = [between([math.log(max(error, FLOOR)) for error in errors], column) for errors in table]
-    return math.exp(between(logs, row))
+    found = between(logs, row)
+    return math.exp(found) if found > math.log(FLOOR) else 0.0

@@ -72,21 +72,23 @@ class TensorChain:
         known = {"weight": weight}
         if statistics is not None:
             known["root"], _ = square_roots(statistics.input_moment)
-        bases = Tucker2().prepare(weight, statistics)
+        bases = Tucker2().prepare(whitened(known), None)
         return {**known, "energy": bases["energy"], **_ladders(_tensor(bases["core"]))}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
         """On a line between the widths measured, and no less than Tucker-2 of all groups' channels loses.
 
-        Of the numbers of groups measured, up to the one asked for, the best: fewer groups are a case of more.
+        Of the numbers of groups measured, up to the one asked for, the best: fewer groups are a case of more. Of fewer
+        groups nothing is known below the widths measured.
         """
         groups, p, q = ranks
         t, s = prepared["weight"].shape[:2]
         width = math.sqrt(p / s * (q / t))
         least = lost(prepared["energy"], (p, q))
         tables = (prepared[name].tolist() for name in ("groups", "widths", "errors"))
-        for measured, widths, errors in zip(*tables, strict=True):
-            if measured <= groups:
+        rows = [row for row in zip(*tables, strict=True) if row[0] <= groups]
+        for measured, widths, errors in rows:
+            if width >= widths[0] or measured == rows[-1][0]:
                 outside = lost(prepared["energy"], (min(int(measured) * p, s), min(int(measured) * q, t)))
                 least = min(least, max(outside, interpolated(widths, errors, width)))
         return least

@@ -86,8 +86,15 @@ class TkdCp:
         return {**known, "errors": torch.tensor(rows, dtype=torch.float64)}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
-        """What Tucker-2 loses, and of what it keeps the share that CP loses of a core of that size."""
+        """What Tucker-2 loses, and of what it keeps the share that CP loses of a core of that size.
+
+        A core of more channels than terms can do no worse than one of as many.
+        """
         r_in, r_out, rank = ranks
+        sizes = {(r_in, r_out), (min(r_in, rank), min(r_out, rank))}
+        return min(self._error(prepared, *size, rank) for size in sizes)
+
+    def _error(self, prepared: Prepared, r_in: int, r_out: int, rank: int) -> float:
         outside = lost(prepared["energy"], (r_in, r_out))
         t, s, *kernel = prepared["core"].shape
         top = exact_rank((math.prod(kernel), r_in, r_out))

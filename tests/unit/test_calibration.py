@@ -5,27 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from ranksearch.calibration import collect, sample_outputs
 from ranksearch.errors import DataError
 from ranksearch.surgery import find_layers, geometry
+from tests import oracles
 from tests.cases import LAYERS, LayerCase
 from tests.networks import SmallNet, small_images, small_net
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Patches ``(N P, S, height, width)`` by torch's unfold on input padded as the layer pads it."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    cut = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return cut.transpose(1, 2).reshape(-1, layer.in_channels, *layer.kernel_size)
-
-
-@pytest.mark.parametrize("case", [case for case in LAYERS if case.family != "grouped"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
 def test_statistics_are_those_of_all_images_at_once(case: LayerCase) -> None:
     torch.manual_seed(3)
     layer = case.build().double().requires_grad_(False)
@@ -43,7 +35,7 @@ def test_statistics_are_those_of_all_images_at_once(case: LayerCase) -> None:
     np.testing.assert_allclose(found.output_mean, outputs.mean(0), atol=1e-12)
     covariance = np.cov(outputs.T, bias=True).reshape(conv.out_channels, -1)
     np.testing.assert_allclose(found.output_covariance, covariance, atol=1e-12)
-    mean = rows.mean(0)[:, None, None] if isinstance(layer, nn.Linear) else patches(layer, x).mean(0).numpy()
+    mean = rows.mean(0)[:, None, None] if linear else oracles.patches(layer, x).mean(0).numpy()
     np.testing.assert_allclose(found.patch_mean, mean, atol=1e-12)
 
 

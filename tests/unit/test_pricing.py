@@ -14,7 +14,7 @@ from torch import nn
 
 from ranksearch.calibration import collect
 from ranksearch.config import parse_space
-from ranksearch.decompositions import FORMATS, Statistics
+from ranksearch.decompositions import FORMATS, Statistics, error, max_rank, stages
 from ranksearch.errors import BudgetError, DecompositionError, SpaceError
 from ranksearch.factors import store
 from ranksearch.models.cifar_resnet import resnet20
@@ -105,9 +105,10 @@ def test_layers_stay_dense_for_a_reason() -> None:
         "body.plain": ("tucker2", "spatial-svd", "channel-svd"),
         "body.strided": ("tucker2", "spatial-svd", "channel-svd"),
         "body.point": ("svd",),
+        "body.grouped": ("tucker2", "spatial-svd", "channel-svd"),
         "tokens": ("svd",),
     }
-    reasons = {"stem": "stem", "head": "classifier", "body.grouped": "groups=2", "body.depthwise": "depthwise"}
+    reasons = {"stem": "stem", "head": "classifier", "body.depthwise": "depthwise"}
     assert selection.dense.keys() == reasons.keys()
     assert all(word in selection.dense[name] for name, word in reasons.items())
     assert selection.macs == oracles.macs(small_net(), small_images(1))
@@ -116,7 +117,7 @@ def test_layers_stay_dense_for_a_reason() -> None:
 def test_patterns_choose_the_layers() -> None:
     layers = {"include": ["stem", "body.*"], "exclude": ["*.point"], "min_share": 0.9}
     selection = select(space_of(layers=layers, fix={"body.plain": "dense"}), small_net(), SmallNet.shape)
-    assert list(selection.searched) == ["stem", "body.strided"]
+    assert list(selection.searched) == ["stem", "body.strided", "body.grouped"]
     assert selection.dense["body.point"] == "excluded"
     assert selection.dense["body.plain"] == "pinned to dense"
     assert selection.dense["tokens"] == "not included"
@@ -140,7 +141,7 @@ def test_small_and_shared_layers_are_left_out() -> None:
         ({"fix": {"stem": {"format": "x", "ranks": [1]}}}, "$.fix.stem.format", "must be known"),
         ({"fix": {"stem": {"format": "tucker2", "ranks": [4, 8]}}}, "$.fix (stem)", r"to (3, 8)"),
         ({"fix": {"body.*": {"format": "svd", "ranks": [1]}}}, "$.fix (body.plain)", "svd is for 1x1"),
-        ({"layers": {"include": ["body.grouped"]}}, "$.layers", "at least one layer must be searched"),
+        ({"layers": {"include": ["body.depthwise"]}}, "$.layers", "at least one layer must be searched"),
         ({"formats": ["svd"], "layers": {"exclude": ["body.*", "tokens"]}}, "$.layers", "excluded"),
     ],
 )
@@ -165,12 +166,12 @@ def test_candidates_are_those_that_no_other_beats(tmp_path: Path) -> None:
     for layer in table.layers:
         offered = {(float(layer.conv.macs), 0.0)}
         for form in selection.searched[layer.name]:
-            energy = factors[layer.name, form, "weight-only"]["energy"]
-            bounds = FORMATS[form].max_rank(layer.conv)
+            prepared = factors[layer.name, form, "weight-only"]
+            bounds = max_rank(FORMATS[form], layer.conv)
             for ratios in itertools.product(space.ranks.ratios, repeat=len(bounds)):
                 ranks = tuple(int(np.ceil(round(r * b, 6))) for r, b in zip(ratios, bounds, strict=True))
-                macs = sum(stage.macs for stage in FORMATS[form].stages(layer.conv, ranks))
-                offered.add((float(macs), max(0.0, 1 - float(energy[tuple(r - 1 for r in ranks)]))))
+                macs = sum(stage.macs for stage in stages(FORMATS[form], layer.conv, ranks))
+                offered.add((float(macs), error(FORMATS[form], layer.conv, prepared, ranks)))
         cheaper = oracles.unbeaten([p for p in offered if p[0] < layer.conv.macs]) | {(float(layer.conv.macs), 0.0)}
         assert [(c.macs, c.error) for c in layer.candidates] == sorted(cheaper)
 

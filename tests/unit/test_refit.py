@@ -13,9 +13,9 @@ from ranksearch.calibration import sample_outputs
 from ranksearch.decompositions import FORMATS, prepare
 from ranksearch.refit import recalibrate, regauge, sensitivity_of, sequential_regression
 from ranksearch.surgery import build_layer, find_layers, geometry, kernel_of
+from tests import oracles
 from tests.cases import PAIRS, LayerCase
 from tests.networks import SmallNet, small_images, small_net
-from tests.unit.test_calibration import patches
 from tests.unit.test_surgery import RANKS, rank_map
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -33,8 +33,9 @@ def ridge(features: np.ndarray, targets: np.ndarray, start: np.ndarray) -> tuple
 
 
 def features_of(stage: nn.Module, x: Tensor) -> np.ndarray:
-    rows = x.flatten(0, -2) if isinstance(stage, nn.Linear) else patches(stage, x).flatten(1)  # type: ignore[arg-type]
-    return rows.double().numpy()
+    """``(N P, S, kernel)``."""
+    found = x.flatten(0, -2) if isinstance(stage, nn.Linear) else oracles.patches(stage, x)
+    return found.double().numpy().reshape(*found.shape[:2], -1)
 
 
 @pytest.mark.parametrize(("name", "case"), [pytest.param(n, c, id=f"{n}, {c.name}") for n, c in PAIRS])
@@ -45,7 +46,7 @@ def test_one_layer_equals_ridge_regression_and_is_never_worse(name: str, case: L
     conv = geometry(dense[0], (1, *case.shape))
     samples = sample_outputs(dense, {"0": conv}, [x], pixels=10_000, seed=0)
     weight, bias = kernel_of(dense[0])
-    ranks = tuple((bound + 1) // 2 for bound in FORMATS[name].max_rank(conv))
+    ranks = tuple((bound + 1) // 2 for bound in max_rank(FORMATS[name], conv))
     chain = build_layer(FORMATS[name], conv, prepare(FORMATS[name], conv, weight), ranks, bias, weight.dtype)
     before = nn.Sequential(chain).requires_grad_(False)
     after = copy.deepcopy(before)
@@ -54,10 +55,14 @@ def test_one_layer_equals_ridge_regression_and_is_never_worse(name: str, case: L
     hidden = before[0][:-1](x)
     y = dense(x)
     targets = y.flatten(0, -2) if isinstance(last, nn.Linear) else y.movedim(1, -1).flatten(0, -2)
-    start = last.weight.flatten(1).T.double().numpy()
-    weights, constant = ridge(features_of(last, hidden), targets.double().numpy(), start)
-    np.testing.assert_allclose(after[0][-1].weight.flatten(1).T, weights, atol=2e-4)
-    np.testing.assert_allclose(after[0][-1].bias, constant, atol=2e-4)
+    kernels = [oracles.weight(net[0][-1]) for net in (before, after)]
+    parts = [*kernels, after[0][-1].bias.numpy(), features_of(last, hidden), targets.double().numpy()]
+    split = [np.split(part, case.groups, axis) for part, axis in zip(parts, (0, 0, 0, 1, 1), strict=True)]
+    for start, found, bias, features, outputs in zip(*split, strict=True):
+        flat = start.reshape(len(start), -1).T
+        weights, constant = ridge(features.reshape(len(features), -1), outputs, flat)
+        np.testing.assert_allclose(found.reshape(len(found), -1).T, weights, atol=2e-4)
+        np.testing.assert_allclose(bias, constant, atol=2e-4)
     errors = [float((net(x) - y).square().mean()) for net in (before, after)]
     assert errors[1] <= errors[0] * (1 + 1e-5) + 1e-10
     for old, new in zip(before[0][:-1], after[0][:-1], strict=True):

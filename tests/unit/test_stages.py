@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ranksearch.conv import Conv
+from ranksearch.decompositions.format import response
 from ranksearch.stages import TiedConv, build_chain, build_stage, geometry, kernel_of
 from tests import oracles
 from tests.cases import LAYERS, LayerCase
@@ -129,3 +130,29 @@ def test_geometry_written_before_there_were_other_dimensions_is_read() -> None:
 def test_impossible_geometry_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Conv(in_channels=8, out_channels=8, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("outer", [1, 2])
+def test_the_response_to_a_patch_is_the_output_of_the_chain_on_it(ndim: int, outer: int) -> None:
+    """Grouped, depthwise and tied stages; on an image of the kernel's size a chain has one output pixel."""
+    torch.manual_seed(0)
+    axes, one, none = (3, 2, 4)[:ndim], (1,) * ndim, (0,) * ndim
+    plain = Conv(
+        in_channels=4,
+        out_channels=6,
+        kernel=axes,
+        stride=one,
+        padding=none,
+        dilation=one,
+        output_padding=none,
+        size=axes,
+    )
+    wide = plain.pointwise_to(12).resized(groups=outer)
+    shared = plain.resized(in_channels=12, out_channels=6, groups=3 * outer, tied=3)
+    filters = shared.after(6, bias=False).resized(groups=6)
+    chain = [wide, shared, filters, filters.after(5, bias=False)]
+    weights = [torch.randn(conv.weight_shape) for conv in chain]
+    patch = torch.randn(4, *axes)
+    expected = build_chain([c.resized(bias=False) for c in chain], weights)(patch[None]).flatten()
+    torch.testing.assert_close(response(chain, weights, patch), expected, rtol=1e-4, atol=1e-4)

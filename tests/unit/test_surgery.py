@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from ranksearch.conv import Conv
+from ranksearch.decompositions import FORMATS, max_rank, prepare
 from ranksearch.errors import ModelError, RankMapError
 from ranksearch.models.cifar_resnet import resnet20
 from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
 from ranksearch.surgery import (
     apply_rank_map,
+    build_layer,
     channels_last,
     count_macs,
     count_params,
     evaluating,
     find_layers,
+    kernel_of,
     replaced,
     skeleton,
 )
@@ -81,6 +84,43 @@ def test_layers_that_compute_something_else_are_not_found() -> None:
 
     net = nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), parametrizations.weight_norm(nn.Conv2d(4, 4, 1)))
     assert [layer.name for layer in find_layers(net, (3, 8, 8))] == ["0", "2"]
+
+
+class Volumes(nn.Module):
+    """A network on volumes that goes down, through a sequence, and up again; the last step is told its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv3d(2, 4, 3, stride=2, padding=1)
+        self.along = nn.Conv1d(4, 6, 3, padding="same")
+        self.up = nn.ConvTranspose3d(6, 4, 2, stride=2, groups=2)
+        self.last = nn.ConvTranspose3d(4, 2, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.down(input=x)
+        along = self.along(small.flatten(2)).unflatten(2, small.shape[2:])
+        found: Tensor = self.last(self.up(along), output_size=[2 * n for n in x.shape[2:]])
+        return found
+
+
+def test_layers_of_one_and_three_dimensions_are_found_and_replaced() -> None:
+    torch.manual_seed(0)
+    net, x = Volumes().requires_grad_(False), torch.randn(2, 2, 4, 6, 8)
+    layers = {layer.name: layer.conv for layer in find_layers(net, (2, 4, 6, 8))}
+    assert {name: conv.size for name, conv in layers.items()} == {
+        "down": (4, 6, 8),
+        "along": (24,),
+        "up": (2, 3, 4),
+    }
+    assert sum(conv.macs for conv in layers.values()) == oracles.macs(nn.Sequential(net.down), x) + oracles.macs(
+        nn.Sequential(net.along), torch.zeros(1, 4, 24)
+    ) + oracles.macs(nn.Sequential(net.up), torch.zeros(1, 6, 2, 3, 4))
+    modules = {}
+    for name, conv in layers.items():
+        form = FORMATS["tucker2"]
+        weight, bias = kernel_of(net.get_submodule(name))
+        modules[name] = build_layer(form, conv, prepare(form, conv, weight), max_rank(form, conv), bias, weight.dtype)
+    torch.testing.assert_close(replaced(net, modules)(x), net(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(4, 9, 9), (3, 1, 1), (3, -1, 9)])
