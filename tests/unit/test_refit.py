@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.calibration import sample_outputs
-from ranksearch.decompositions import FORMATS, prepare
+from ranksearch.decompositions import FORMATS, max_rank, prepare
 from ranksearch.refit import recalibrate, regauge, sensitivity_of, sequential_regression
 from ranksearch.surgery import build_layer, find_layers, geometry, kernel_of
 from tests import oracles
