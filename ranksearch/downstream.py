@@ -159,7 +159,7 @@ class Traced:
         self.suffixes: dict[str, nn.Module] = {}
         self.beside: dict[str, list[fx.Node]] = {}
         for name, node in nodes.items():
-            suffix, self.beside[name] = _suffix(graph, node, logits, folded)
+            suffix, self.beside[name] = _suffix(self.root, graph, node, logits, folded)
             self.suffixes[name] = fx.GraphModule(self.root, suffix)
         self.inputs = {name: node.all_input_nodes[0] for name, node in nodes.items()}
         self.outputs, self.logits = nodes, logits
@@ -208,19 +208,29 @@ _FUNCTIONAL: dict[Any, Any] = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-_PASSES_ON = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
-"""Modules whose output may share memory with their input."""
-_FRESH = (*_FUNCTIONAL.values(), torch.add, torch.cat, torch.relu, F.relu, F.batch_norm, F.conv2d)
-"""Functions whose output shares memory with nothing."""
+_ADD, _RELU = (operator.add, torch.add), (F.relu, torch.relu)
+_FRESH = (*_FUNCTIONAL.values(), *_ADD, *_RELU, torch.cat, F.batch_norm)
+"""Functions whose value shares memory with no other."""
+_FRESH_MODULES = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.Linear,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.Hardswish,
+)
+"""Modules whose output shares memory with nothing."""
 
 
 def _make_functional(root: nn.Module, graph: fx.Graph) -> None:
     """Replace operations in place by those that are not; ValueError where that would change what is computed."""
     modules = dict(root.named_modules())
+    overwriting = {name for name, module in modules.items() if getattr(module, "inplace", False)}
     for node in graph.nodes:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.op == "call_module":
-            if not getattr(modules[name], "inplace", False):
+            if name not in overwriting:
                 continue
             modules[name].inplace = False
         elif node.op == "call_function" and node.kwargs.get("inplace"):
@@ -234,15 +244,32 @@ def _make_functional(root: nn.Module, graph: fx.Graph) -> None:
         else:
             continue
         changed = node.args[0]
-        if not isinstance(changed, fx.Node) or len(changed.users) > 1 or not _fresh(changed, modules):
+        if not isinstance(changed, fx.Node) or not _spare(changed, modules):
             raise ValueError(f"{node} overwrites an activation that may be read again")
 
 
 def _fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the value of a node shares memory with no other."""
     if node.op == "call_module":
-        return not isinstance(modules[str(node.target)], _PASSES_ON)
+        return isinstance(modules[str(node.target)], _FRESH_MODULES)
     return node.op == "call_function" and node.target in _FRESH
+
+
+def _spare(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the value of a node may be overwritten by the one node that reads it."""
+    return len(node.users) == 1 and _fresh(node, modules)
+
+
+def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], nn.ReLU)
+    return node.op == "call_function" and node.target in _RELU
+
+
+def _added(spare: Tensor, other: Any) -> Tensor:
+    """``spare + other``, in the memory of ``spare`` where it fits."""
+    fits = isinstance(other, Tensor) and other.shape == spare.shape and other.dtype == spare.dtype
+    return spare.add_(other) if fits else spare + other
 
 
 def _fold(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, tuple[str, fx.Node]]:
@@ -263,7 +290,7 @@ def _fold(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, tuple[str, fx.Node]
 
 
 def _suffix(
-    graph: fx.Graph, start: fx.Node, logits: fx.Node, folded: Mapping[fx.Node, tuple[str, fx.Node]]
+    root: nn.Module, graph: fx.Graph, start: fx.Node, logits: fx.Node, folded: Mapping[fx.Node, tuple[str, fx.Node]]
 ) -> tuple[fx.Graph, list[fx.Node]]:
     """The graph from the value of ``start`` to the logits, and the other nodes whose values it takes after that one."""
     reached = {start}
@@ -285,10 +312,18 @@ def _suffix(
     made = fx.Graph()
     values = {start: made.placeholder("output_of_layer")}
     values |= {node: made.placeholder(f"beside_{i}") for i, node in enumerate(beside)}
+    modules = dict(root.named_modules())
     for node in order:
+        # What is made here, and read by nobody else, is overwritten: half the traffic of memory.
+        spare = [n for n in node.all_input_nodes if n in reached and n is not start and _spare(n, modules)]
         if node in joined:
             name, conv = joined[node]
             values[node] = made.call_module(name, (values[cast(fx.Node, conv.args[0])],))
+        elif spare and _is_relu(node, modules):
+            values[node] = made.call_function(torch.relu_, (values[spare[0]],))
+        elif spare and node.target in _ADD and len(node.args) == 2 and not node.kwargs:
+            other = node.args[1] if node.args[0] is spare[0] else node.args[0]
+            values[node] = made.call_function(_added, (values[spare[0]], fx.node.map_arg(other, values.__getitem__)))
         else:
             values[node] = made.node_copy(node, values.__getitem__)
     made.output(values[logits])

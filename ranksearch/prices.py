@@ -21,44 +21,28 @@ from __future__ import annotations
 
 import builtins
 import math
-import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ranksearch.calibration import as_image
-from ranksearch.conv import Conv
-from ranksearch.decompositions import FORMATS, Kind, Prepared, chain, compressed_stages
-from ranksearch.downstream import Downstream, Pass, opened
+from ranksearch.decompositions import Kind
 from ranksearch.errors import DataError
 from ranksearch.evaluation import reproducible
+from ranksearch.measurement import PRICES, WITH_LABELS, Measurement, Price, share
 from ranksearch.pricing import Factors, content_hash, store
-from ranksearch.surgery import build_layer, channels_last, evaluating, kernel_of
+from ranksearch.surgery import evaluating
 from ranksearch.table import LayerPrices, PriceTable
 
-Price = Literal["weight", "output", "divergence", "loss", "drop", "second-order"]
-PRICES: tuple[Price, ...] = get_args(Price)
-WITH_LABELS: tuple[Price, ...] = ("loss", "drop")
-"""The prices that need labels."""
-_DOWNSTREAM = ("divergence", "loss", "drop")
+__all__ = ["PRICES", "Map", "Price", "measure"]
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """Like the builtin ``map``: results in the order of the items."""
-Unit = tuple[int, np.ndarray, "np.ndarray | None"]
-"""One piece of work: the number of its first image, images ``(N, C, H, W)`` and labels ``(N,)``."""
-Sums = dict[str, tuple[np.ndarray, np.ndarray]]
-"""What images add up to, float64, by layer. ``(candidates, 5)``: squared error of the output, half the squared change
-of the log-likelihood, divergence, cross-entropy, images that are right. ``(3, T)``: number, sum and sum of squares of
-the dense outputs."""
-
 _CACHE_VERSION = "1"
 
 
@@ -72,7 +56,7 @@ def measure(
     kind: Kind,
     prices: Sequence[Price] | None = None,
     batch_images: int = 32,
-    unit_images: int = 128,
+    unit_images: int = 256,
     dtype: torch.dtype = torch.float32,
     threads: int = 1,
     seed: int = 0,
@@ -94,7 +78,7 @@ def measure(
         kind: kind of the factors that candidates are built of, with the bias that goes with it.
         prices: which prices; without, all that can be had (with or without labels).
         batch_images: images that run at a time; all activations of these are held.
-        unit_images: images of one piece of work for ``map``.
+        unit_images: images of one piece of work for ``map``; each traces the network and builds all candidates.
         dtype: of weights and activations, float32 or bfloat16.
         threads: CPU threads of one piece of work; the last bits depend on them.
         seed: of the signs of ``second-order``.
@@ -106,8 +90,9 @@ def measure(
         DataError: no images, or labels that are needed and missing or of another number.
         ModelError: the network runs a layer of the table more than once.
     """
-    images = torch.as_tensor(images)
-    labels = None if labels is None else torch.as_tensor(labels)
+    # Copied: arrays may be mapped read-only, which torch cannot express.
+    images = images if isinstance(images, Tensor) else torch.tensor(images)
+    labels = torch.tensor(labels) if isinstance(labels, np.ndarray) else labels
     chosen = _chosen(prices, images, labels)
     keys = {}
     if cache is not None:
@@ -153,145 +138,6 @@ def _chosen(prices: Sequence[Price] | None, images: Tensor, labels: Tensor | Non
     return tuple(p for p in PRICES if p in prices)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Measurement:
-    """Measures layers on one unit of images after another; pickled, it carries plain bytes, no shared memory."""
-
-    dense: nn.Module
-    layers: tuple[LayerPrices, ...]
-    prepared: Mapping[tuple[str, str], Prepared]
-    """Prepared tensors by layer and format."""
-    prices: tuple[Price, ...]
-    batch_images: int
-    dtype: torch.dtype
-    threads: int
-    seed: int
-
-    def __reduce__(self) -> tuple[Callable[[bytes], Measurement], tuple[bytes]]:
-        return _restored, (pickle.dumps(self.__dict__),)
-
-    def weights(self, layer: LayerPrices) -> list[float]:
-        """Relative squared errors of the composed kernels of one layer's candidates."""
-        kernel, bias = kernel_of(self.dense.get_submodule(layer.name))
-        kernel, errors = kernel.double(), []
-        for candidate in layer.candidates:
-            error = 0.0
-            if not candidate.dense:
-                form = FORMATS[candidate.format]
-                prepared = self.prepared[layer.name, candidate.format]
-                made, _ = chain(form, layer.conv, prepared, candidate.ranks, bias)
-                found = composed(compressed_stages(form, layer.conv, candidate.ranks), made)
-                error = float((found - kernel).square().sum())
-            errors.append(_share(error, float(kernel.square().sum())))
-        return errors
-
-    def __call__(self, unit: Unit) -> Sums:
-        """What one unit of images adds to every layer's sums."""
-        first, *arrays = unit
-        device = next(self.dense.parameters()).device
-        images, labels = (None if a is None else torch.as_tensor(a).to(device) for a in arrays)
-        assert images is not None
-        sums = {x.name: (np.zeros((len(x.candidates), 5)), np.zeros((3, x.conv.out_channels))) for x in self.layers}
-        with reproducible(self.threads):
-            network = opened(self.dense, list(sums), images[:2], self.dtype)
-            chains = {layer.name: self._chains(layer) for layer in self.layers}
-            for start in range(0, len(images), self.batch_images):
-                part = slice(start, start + self.batch_images)
-                x = images[part].to(self.dtype).contiguous(memory_format=torch.channels_last)
-                dense, gradients = self._dense(network, x, first + start)
-                self._add(sums, network, chains, dense, gradients, None if labels is None else labels[part])
-        return sums
-
-    def _chains(self, layer: LayerPrices) -> list[nn.Module]:
-        """The modules of one layer's candidates, the dense one left out."""
-        kernel, bias = kernel_of(self.dense.get_submodule(layer.name))
-        built = []
-        for c in layer.candidates:
-            if not c.dense:
-                prepared = self.prepared[layer.name, c.format]
-                module = build_layer(FORMATS[c.format], layer.conv, prepared, c.ranks, bias, kernel.dtype)
-                built.append(channels_last(module.to(self.dtype)))
-        return built
-
-    def _dense(self, network: Downstream, images: Tensor, first: int) -> tuple[Pass, dict[str, Tensor]]:
-        """The dense pass over one batch, and the gradients of a random log-likelihood at the outputs of the layers."""
-        second = "second-order" in self.prices
-        with torch.set_grad_enabled(second):
-            dense = network.run(images.requires_grad_(second))
-        logits = dense.logits.detach().double()
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError("the dense network's outputs are not finite. Check its weights and the images.")
-        if not second:
-            return dense, {}
-        generator = torch.Generator().manual_seed((self.seed << 32) + first)
-        signs = torch.randint(2, logits.shape, generator=generator).to(logits) * 2 - 1
-        p = logits.softmax(1)
-        weighted = signs * p.sqrt()
-        # The gradient of sum_c a_c log p_c with respect to the logits is a - p sum_c a_c.
-        direction = weighted - p * weighted.sum(1, keepdim=True)
-        gradients = dense.gradients(direction.to(dense.logits.dtype))
-        return dense.detached(), gradients
-
-    @torch.no_grad()
-    def _add(
-        self,
-        sums: Sums,
-        network: Downstream,
-        chains: Mapping[str, list[nn.Module]],
-        dense: Pass,
-        gradients: Mapping[str, Tensor],
-        labels: Tensor | None,
-    ) -> None:
-        """Run every candidate on one batch."""
-        local = any(p in self.prices for p in ("output", "second-order"))
-        onward = any(p in self.prices for p in _DOWNSTREAM)
-        log_p = dense.logits.double().log_softmax(1)
-        for layer in self.layers:
-            rows, channels = sums[layer.name]
-            y = dense.outputs[layer.name]
-            values = as_image(y, layer.conv).double().movedim(1, 0).flatten(1)
-            count = torch.full_like(values[:, 0], values.shape[1])
-            channels += torch.stack([count, values.sum(1), values.square().sum(1)]).cpu().numpy()
-            for row, module in zip(rows, chains[layer.name], strict=False):
-                output = module(dense.inputs[layer.name])
-                if local:
-                    change = (output - y).float()
-                    row[0] += float(change.square().sum())
-                    if gradients:
-                        slopes = (change * gradients[layer.name]).flatten(1).sum(1)
-                        row[1] += float(slopes.double().square().sum()) / 2
-                if onward:
-                    row[2:] += _outcome(network.onward(layer.name, output, dense), log_p, labels)
-            rows[-1, 2:] += _outcome(dense.logits, log_p, labels)
-
-
-def _outcome(logits: Tensor, log_p: Tensor, labels: Tensor | None) -> tuple[float, float, float]:
-    """Divergence from ``log_p``, cross-entropy and number right, summed over a batch; without labels the first only."""
-    found = logits.double().log_softmax(1)
-    divergence = float(F.kl_div(found, log_p, reduction="sum", log_target=True))
-    if labels is None:
-        return divergence, 0.0, 0.0
-    return divergence, float(F.nll_loss(found, labels, reduction="sum")), float((found.argmax(1) == labels).sum())
-
-
-def _restored(content: bytes) -> Measurement:
-    return Measurement(**pickle.loads(content))
-
-
-def composed(stages: Sequence[Conv], weights: Sequence[Tensor]) -> Tensor:
-    """The one kernel ``(T, S, *kernel)``, float64, that a chain of stages without groups in the dense layer applies."""
-    spatial = weights[0].ndim - 2
-    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-    inputs = stages[0].in_channels
-    kernel = torch.eye(inputs, dtype=torch.float64, device=weights[0].device).reshape(inputs, inputs, *[1] * spatial)
-    for stage, weight in zip(stages, weights, strict=True):
-        # Correlating with one kernel after another is correlating with their convolution; transposed, torch convolves.
-        tied = getattr(stage, "tied", 1)
-        groups = weight.double().reshape(stage.groups // tied, -1, *weight.shape[1:]).repeat_interleave(tied, 0)
-        kernel = convolve(kernel, groups.transpose(1, 2).flatten(0, 1), groups=stage.groups)
-    return kernel.transpose(0, 1)
-
-
 def _measured(
     work: Measurement,
     images: Tensor,
@@ -325,7 +171,7 @@ def _priced(prices: Sequence[Price], weight: Sequence[float], rows: np.ndarray, 
     divergence, loss, right = (rows[:, 2:] / n).T
     found: dict[str, Any] = {
         "weight": np.array(weight),
-        "output": np.array([_share(error, variance) for error in rows[:, 0]]),
+        "output": np.array([share(error, variance) for error in rows[:, 0]]),
         "second-order": rows[:, 1] / n,
         "divergence": divergence.clip(0),  # rounding
         "loss": loss - loss[-1],
@@ -333,11 +179,6 @@ def _priced(prices: Sequence[Price], weight: Sequence[float], rows: np.ndarray, 
     }
     values = np.stack([found[price] for price in prices], axis=1)
     return torch.from_numpy(np.where(np.isfinite(values), values, math.inf))
-
-
-def _share(error: float, whole: float) -> float:
-    """``error / whole``; nothing is lost of nothing."""
-    return error / whole if whole > 0 else 0.0
 
 
 def _about(dense: nn.Module, images: Tensor, labels: Tensor | None, text: str) -> str:
