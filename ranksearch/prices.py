@@ -1,0 +1,214 @@
+"""Measured prices: what replacing one layer alone, by each of its candidates, costs on calibration images.
+
+For every batch the dense network runs once; each candidate then runs on its layer's stored input, and only the network
+downstream of the layer runs again. The prices, per candidate:
+
+* ``weight``: squared error of the composed kernel, relative to the dense kernel's squared norm.
+* ``output``: squared error of the layer's output, relative to the variance of the dense output (about channel means).
+* ``divergence``: Kullback-Leibler divergence of the network's outputs from the dense ones, nats per image; no labels.
+* ``loss``: increase of the cross-entropy with the labels, nats per image.
+* ``drop``: fall of the top-1 accuracy, as a share of the images.
+* ``second-order``: estimate of ``divergence``, half the Fisher quadratic form of the output's change, from one backward
+  pass for all candidates of all layers; no labels, and nothing downstream of a layer runs again.
+
+The Fisher matrix ``sum_c p_c (grad log p_c) (grad log p_c)^T`` is sampled by ``v = sum_c s_c sqrt(p_c) grad log p_c``
+with random signs ``s_c``: ``E[v v^T]`` is that matrix, as it is with ``v = grad log p_c`` of a label ``c`` drawn from
+the outputs; yet where the network is sure of a class, a drawn label nearly always gives next to nothing and rarely a
+huge value, the signs always a moderate one (ours).
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ranksearch.decompositions import Kind
+from ranksearch.errors import DataError
+from ranksearch.evaluation import reproducible
+from ranksearch.factors import content_hash, store
+from ranksearch.measurement import PRICES, WITH_LABELS, Measurement, Price, share
+from ranksearch.pricing import Factors
+from ranksearch.surgery import evaluating
+from ranksearch.table import LayerPrices, PriceTable
+
+__all__ = ["PRICES", "Map", "Price", "measure"]
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""Like the builtin ``map``: results in the order of the items."""
+_CACHE_VERSION = "1"
+
+
+def measure(
+    dense: nn.Module,
+    table: PriceTable,
+    factors: Factors,
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
+    *,
+    kind: Kind,
+    prices: Sequence[Price] | None = None,
+    batch_images: int = 32,
+    unit_images: int = 256,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
+    seed: int = 0,
+    cache: Path | None = None,
+    map: Map = builtins.map,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, list[dict[str, float]]]:
+    """Prices of every candidate of every searched layer, in the order of the table; zero for the dense candidate.
+
+    The work is split by images, not by layers: the dense pass is shared by all layers, no piece of work is much longer
+    than another, and every image is sent once. The numbers do not depend on ``map``.
+
+    Args:
+        dense: the dense network, in float32, on the device to measure on; it is not changed.
+        table: the layers and their candidates.
+        factors: prepared tensors of these layers' formats, of ``kind``.
+        images: network inputs ``(N, C, H, W)``.
+        labels: ``(N,)``; only ``loss`` and ``drop`` need them.
+        kind: kind of the factors that candidates are built of, with the bias that goes with it.
+        prices: which prices; without, all that can be had (with or without labels).
+        batch_images: images that run at a time; all activations of these are held.
+        unit_images: images of one piece of work for ``map``; each traces the network and builds all candidates.
+        dtype: of weights and activations, float32 or bfloat16.
+        threads: CPU threads of one piece of work; the last bits depend on them.
+        seed: of the signs of ``second-order``.
+        cache: folder where prices are kept by a hash of all they depend on; without, none are kept.
+        map: runs the pieces of work, which can be pickled: the builtin, a process pool's, or a cluster's.
+        progress: called with the pieces of work done and their total.
+
+    Raises:
+        DataError: no images, or labels that are needed and missing or of another number.
+        ModelError: the network runs a layer of the table more than once.
+    """
+    # Copied: arrays may be mapped read-only, which torch cannot express.
+    images = images if isinstance(images, Tensor) else torch.tensor(images)
+    labels = torch.tensor(labels) if isinstance(labels, np.ndarray) else labels
+    chosen = _chosen(prices, images, labels)
+    keys = {}
+    if cache is not None:
+        about = _about(dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {unit_images} {threads} {seed}")
+        keys = {x.name: cache / "prices" / f"{_key(x, factors, kind, about)}.safetensors" for x in table.layers}
+    found = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
+    missing = [layer for layer in table.layers if found[layer.name] is None]
+    if missing:
+        work = Measurement(
+            dense=dense,
+            layers=tuple(missing),
+            prepared={k[:2]: v for k, v in factors.items() if k[2] == kind and k[0] in {x.name for x in missing}},
+            prices=chosen,
+            batch_images=batch_images,
+            dtype=dtype,
+            threads=threads,
+            seed=seed,
+        )
+        for layer, values in _measured(work, images, labels, unit_images, map, progress).items():
+            found[layer] = values
+            if layer in keys:
+                store({"prices": values}, keys[layer])
+    return {
+        name: [dict(zip(chosen, row, strict=True)) for row in cast(Tensor, values).tolist()]
+        for name, values in found.items()
+    }
+
+
+def _chosen(prices: Sequence[Price] | None, images: Tensor, labels: Tensor | None) -> tuple[Price, ...]:
+    """The prices to measure, in their usual order."""
+    if not len(images):
+        raise DataError("prices are measured on at least one image, found none. Check data.train.")
+    if labels is not None and len(labels) != len(images):
+        raise DataError(f"every image needs one label, found {len(images)} images and {len(labels)} labels.")
+    if prices is None:
+        return tuple(p for p in PRICES if labels is not None or p not in WITH_LABELS)
+    unknown = [p for p in prices if p not in PRICES]
+    if unknown:
+        raise ValueError(f"prices must be among {', '.join(PRICES)}, found {', '.join(unknown)}")
+    needing = [p for p in prices if p in WITH_LABELS]
+    if needing and labels is None:
+        raise DataError(f"the prices {' and '.join(needing)} need labels, found none. Give labels, or take divergence.")
+    return tuple(p for p in PRICES if p in prices)
+
+
+def _measured(
+    work: Measurement,
+    images: Tensor,
+    labels: Tensor | None,
+    unit_images: int,
+    run: Map,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Tensor]:
+    """Prices ``(candidates, prices)`` of the layers of ``work``, float64."""
+    n = len(images)
+    pixels, truth = images.cpu().numpy(), None if labels is None else labels.cpu().numpy()
+    pieces = [slice(i, i + unit_images) for i in range(0, n, unit_images)]
+    units = [(piece.start, pixels[piece], None if truth is None else truth[piece]) for piece in pieces]
+    layers = {layer.name: layer for layer in work.layers}
+    zeros = {name: [0.0] * len(layer.candidates) for name, layer in layers.items()}
+    weight = dict(zip(layers, run(work.weights, work.layers), strict=True)) if "weight" in work.prices else zeros
+    total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for done, sums in enumerate(run(work, units)):
+        if progress is not None:
+            progress(done + 1, len(units))
+        for name, (rows, channels) in sums.items():
+            known = total.get(name, (0.0, 0.0))
+            total[name] = (known[0] + rows, known[1] + channels)
+    return {name: _priced(work.prices, weight[name], *total[name], n) for name in layers}
+
+
+def _priced(prices: Sequence[Price], weight: Sequence[float], rows: np.ndarray, channels: np.ndarray, n: int) -> Tensor:
+    """Prices ``(candidates, prices)`` of one layer out of its sums over ``n`` images; infinite where not a number."""
+    count, total, squares = channels
+    variance = float((squares - total**2 / count).sum())
+    divergence, loss, right = (rows[:, 2:] / n).T
+    found: dict[str, Any] = {
+        "weight": np.array(weight),
+        "output": np.array([share(error, variance) for error in rows[:, 0]]),
+        "second-order": rows[:, 1] / n,
+        "divergence": divergence.clip(0),  # rounding
+        "loss": loss - loss[-1],
+        "drop": right[-1] - right,
+    }
+    values = np.stack([found[price] for price in prices], axis=1)
+    return torch.from_numpy(np.where(np.isfinite(values), values, math.inf))
+
+
+def _about(dense: nn.Module, images: Tensor, labels: Tensor | None, text: str) -> str:
+    """Hash of what all prices depend on; equal weights may stand in another forward pass: the outputs tell."""
+    parameter = next(dense.parameters())
+    with torch.no_grad(), evaluating(dense), reproducible(1):
+        outputs = dense(images[:2].to(parameter))
+    tensors = [outputs, images, *dense.state_dict().values(), *([] if labels is None else [labels])]
+    return content_hash(tensors, f"{_CACHE_VERSION} {text} {dense}")
+
+
+def _key(layer: LayerPrices, factors: Factors, kind: Kind, about: str) -> str:
+    """Hash of all that the prices of one layer depend on."""
+    forms = sorted({c.format for c in layer.candidates if not c.dense})
+    prepared = [(form, factors[layer.name, form, kind]) for form in forms]
+    names = [(form, *sorted(tensors)) for form, tensors in prepared]
+    values = [tensors[key] for _, tensors in prepared for key in sorted(tensors)]
+    return content_hash(values, f"{about} {names} {layer}")
+
+
+def _read(path: Path | None, candidates: int, prices: int) -> Tensor | None:
+    """Prices ``(candidates, prices)`` from the cache, or None; an unreadable entry is removed."""
+    if path is None or not path.exists():
+        return None
+    try:
+        values = load_file(path)["prices"]
+        if values.shape == (candidates, prices) and values.dtype == torch.float64:
+            return values
+    except (SafetensorError, OSError, KeyError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
