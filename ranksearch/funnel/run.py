@@ -3,17 +3,16 @@
 Chu, Lee, "Low-rank Tensor Decomposition for Compression of CNNs Using Funnel Regularization" (arXiv 2112.03690): train
 at full rank, train under the penalty ``strength * sum of F_c(gate)`` while c falls, drop the gates under a threshold,
 put layers back that are no cheaper, fold, fine-tune. Ours: the implicit step of the penalty (``penalty.py``); each
-gate's strength in proportion to the MACs of its rank; the strength steered, as an integral controller of its
-logarithm, along a line down to a MAC target, which no step may undercut; the threshold that meets the target.
+gate's strength in proportion to the MACs of its rank; the strength steered to a MAC target (``steering.py``), and the
+threshold that meets it.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,62 +23,11 @@ from ranksearch.data import Data, Split, to_input
 from ranksearch.decompositions import Prepared, Ranks
 from ranksearch.errors import BudgetError, ModelError
 from ranksearch.funnel.gates import GatedNetwork
-from ranksearch.funnel.penalty import Decay, Penalty, decayed, implicit_step
+from ranksearch.funnel.spec import FunnelSpec
+from ranksearch.funnel.steering import Steering, threshold_for
 from ranksearch.rankmap import LayerRanks
 from ranksearch.space import FineTuneSpec
 from ranksearch.training import Training, steps_of
-
-_ARRIVAL = 0.7
-"""Share of the steps under the penalty after which the MACs should be those of the target."""
-_LEAD = 0.1
-"""Share of these steps by which the controller looks ahead."""
-_RELENT = 0.9
-"""What is left of the strength after a step that went too far."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FunnelSpec:
-    """What a funnel run does; rates and strength by default as published."""
-
-    target: float | None = 0.5
-    """MACs of the result as a share of the dense network's; None: what strength and threshold leave."""
-    penalty: Penalty = "funnel"
-    strength: float = 0.005
-    """Of the penalty on the mean gate; where there is a target, the strength that the controller starts at."""
-    c_start: float = 1.0
-    c_end: float = 1e-4
-    """c of the funnel falls from one to the other; published too: linearly from 10 to 1e-3."""
-    decay: Decay = "exponential"
-    """How c falls; ``per-gate``: exponentially, in units of each gate's size at the start of the penalty (ours)."""
-    threshold: float = 1e-2
-    """Gates at or below it are closed; where there is a target, the last threshold is the one that meets it."""
-    mac_weighted: bool = True
-    """Whether a gate's strength is in proportion to the MACs of its rank."""
-    scale_free: bool = False
-    """Whether the size of a gate before the last stage counts with the norm of its column there."""
-    gain: float = 40.0
-    """Growth of the logarithm of the strength over the whole penalty, per excess of the MAC ratio."""
-    settle_steps: int = 50
-    """Steps at full rank, without the penalty."""
-    penalty_steps: int = 400
-    weight_rate: float = 1e-3
-    """Learning rate of everything but the gates until the gates are folded."""
-    gate_rate: float = 1e-2
-    fine_tune: FineTuneSpec = field(default_factory=lambda: FineTuneSpec(steps=400, weight_decay=0.0))
-    """The training of the folded network; its batches, momentum and distillation hold for the whole run."""
-    record_steps: int = 10
-    """The history has an entry every so many steps."""
-
-    def __post_init__(self) -> None:
-        positive = (self.strength, self.c_start, self.c_end, self.weight_rate, self.gate_rate, self.gain)
-        if min(positive) <= 0 or self.threshold < 0:
-            raise ValueError(f"strength, c, rates and gain are above 0 and the threshold is not below 0, found {self}")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise ValueError(f"the target is a share of the dense MACs, above 0 and at most 1, found {self.target}")
-        if self.c_end > self.c_start:
-            raise ValueError(f"c falls from c_start to c_end, found {self.c_start} and {self.c_end}")
-        if self.settle_steps < 0 or self.penalty_steps < 1 or self.record_steps < 1:
-            raise ValueError(f"a funnel run needs steps under the penalty, and records, found {self}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,10 +90,7 @@ class Funnel:
         self.threshold = spec.threshold
         self.ranks: dict[str, Ranks] | None = None
         """Of the folded layers, once there are some."""
-        self._costs = self.network.costs() if spec.mac_weighted else torch.ones_like(self.network.costs())
-        self._strength = spec.strength
-        self._start = self._last = self._sizes()
-        self._speed = torch.zeros_like(self._start)
+        self.steering = Steering(self.network, spec)
         gates = spec.fine_tune.model_copy(update={"steps": self.gated_steps, "epochs": None})
         groups = [(self.network.others(), spec.weight_rate), (self.network.gates(), spec.gate_rate)]
         self.training = self._training(self.network.model, gates, seed, groups)
@@ -187,7 +132,8 @@ class Funnel:
         finally:
             model.eval()
         self.steps += 1
-        c = self._penalise() if self.spec.settle_steps < self.steps <= self.gated_steps else None
+        penalised = self.steps - self.spec.settle_steps if self.steps <= self.gated_steps else 0
+        c = self.steering.step(penalised) if penalised > 0 else None
         if self.steps % self.spec.record_steps == 0 or self.steps in (self.gated_steps, self.total):
             self._record(loss, c)
         if self.steps == self.gated_steps:
@@ -222,9 +168,8 @@ class Funnel:
         return {
             "run": self._identity(),
             "steps": self.steps,
-            "strength": self._strength,
             "threshold": self.threshold,
-            "sizes": {"start": self._start, "last": self._last, "speed": self._speed},
+            "steering": self.steering.state_dict(),
             "ranks": self.ranks,
             "history": list(self.history),
             "training": self.training.state_dict(),
@@ -238,9 +183,8 @@ class Funnel:
                 f"is {state.get('run')}. Give another file, or the arguments of that run."
             )
         self.steps, self.ranks, self.history = state["steps"], state["ranks"], list(state["history"])
-        self._strength, self.threshold = state["strength"], state["threshold"]
-        sizes = {name: value.to(self._start) for name, value in state["sizes"].items()}
-        self._start, self._last, self._speed = sizes["start"], sizes["last"], sizes["speed"]
+        self.threshold = state["threshold"]
+        self.steering.load_state_dict(state["steering"])
         if self.ranks is not None:
             self._tune(self.network.skeleton(self.ranks))
         self.training.load_state_dict(state["training"])
@@ -264,102 +208,23 @@ class Funnel:
         """The folded ``model`` is what is trained from here on."""
         self.training = self._training(model, self.spec.fine_tune, self.seed + 1)
 
-    def _sizes(self) -> Tensor:
-        """What the penalty and the threshold see of each gate, ``(G,)`` float64."""
-        return self.network.magnitudes().abs() * self._norms()
-
-    def _ranks(self, sizes: Tensor) -> list[Ranks]:
-        return self.network.ranks(sizes.abs(), self.spec.threshold)
-
-    def _norms(self) -> Tensor:
-        norms = self.network.column_norms()
-        return norms.clamp_min(1e-12) if self.spec.scale_free else torch.ones_like(norms)
-
-    def _penalise(self) -> float:
-        """Steer the strength and move the gates by one implicit step of the penalty; returns c."""
-        spec, network = self.spec, self.network
-        progress = (self.steps - spec.settle_steps) / spec.penalty_steps
-        if self.steps == spec.settle_steps + 1:
-            self._start = self._last = self._sizes()
-        c = decayed(spec.c_start, spec.c_end, progress, spec.decay)
-        each = c * self._start.clamp_min(1e-12) if spec.decay == "per-gate" else torch.full_like(self._start, c)
-        gates, norms = network.magnitudes(), self._norms()
-        self._steer(gates.abs() * norms, progress)
-        # A constant force moves a gate under momentum by so much a step.
-        reach = spec.gate_rate / (1 - spec.fine_tune.momentum) * self._costs * norms.square()
-        moved = implicit_step(gates * norms, self._strength * reach, each, spec.penalty) / norms
-        if spec.target is not None:
-            moved = self._within(spec.target, gates, moved, norms)
-        network.set_magnitudes(moved)
-        return c
-
-    def _within(self, target: float, gates: Tensor, moved: Tensor, norms: Tensor) -> Tensor:
-        """The step to ``moved``, but for the largest of the gates that it would close below the target."""
-        sizes = moved.abs() * norms
-        if self.network.ratio(self._ranks(sizes)) >= target:
-            return moved
-        self._strength *= _RELENT
-        closing = (sizes <= self.spec.threshold) & (gates.abs() * norms > self.spec.threshold)
-        order = torch.argsort(gates.abs() * norms * closing, descending=True)
-        low, high = 0, int(closing.sum())
-        while low < high:
-            middle = (low + high) // 2
-            spared = sizes.index_fill(0, order[:middle], math.inf)
-            low, high = (low, middle) if self.network.ratio(self._ranks(spared)) >= target else (middle + 1, high)
-        return moved.index_copy(0, order[:low], gates[order[:low]])
-
-    def _steer(self, sizes: Tensor, progress: float) -> None:
-        """Raise or lower the strength by how far the chains' MACs will be above the line from full rank to the target.
-
-        Gates shrink long before they close: what counts is where they are soon, at the speed they have now.
-        """
-        spec, network = self.spec, self.network
-        self._speed = 0.8 * self._speed + 0.2 * (sizes - self._last)
-        self._last = sizes
-        if spec.target is None:
-            return
-        soon = (sizes + _LEAD * spec.penalty_steps * self._speed).clamp_min(0.0)
-        whole = network.ratio([layer.bounds for layer in network.layers], revert=False)
-        wanted = whole + (spec.target - whole) * min(1.0, (progress + _LEAD) / _ARRIVAL)
-        excess = network.ratio(self._ranks(soon), revert=False) - wanted
-        self._strength *= math.exp(spec.gain / spec.penalty_steps * excess)
-
     def _record(self, loss: float, c: float | None) -> None:
         phase = "settle" if self.steps <= self.spec.settle_steps else "penalty"
         entry: dict[str, Any] = {"step": self.steps, "phase": phase, "loss": loss}
         if self.ranks is None:
-            ranks = self._ranks(self._sizes())
-            entry |= {"c": c, "strength": self._strength, "macs_ratio": self.network.ratio(ranks)}
+            ranks = self.steering.ranks(self.steering.sizes())
+            entry |= {"c": c, "strength": self.steering.strength, "macs_ratio": self.network.ratio(ranks)}
             entry["alive"] = {layer.name: list(r) for layer, r in zip(self.network.layers, ranks, strict=True)}
         else:
             entry["phase"] = "fine-tune"
         self.history.append(entry)
 
     def _fold(self) -> None:
-        sizes = self._sizes()
+        sizes = self.steering.sizes()
         if self.spec.target is not None:
             self.threshold = threshold_for(self.network, sizes, self.spec.target)
         model, self.ranks = self.network.fold(self.network.alive(sizes, self.threshold))
         self._tune(model)
-
-
-def threshold_for(network: GatedNetwork, sizes: Tensor, target: float) -> float:
-    """The threshold on the gates' sizes at which the MAC ratio is nearest to ``target``."""
-
-    def ratio(threshold: float) -> float:
-        return network.ratio(network.ranks(sizes, threshold))
-
-    def distance(threshold: float) -> float:
-        return abs(ratio(threshold) - target)
-
-    # The ratio falls with the threshold: the first one at which it is at most the target, and the one before.
-    thresholds = [-1.0, *sorted(sizes.tolist())]
-    low, high = 0, len(thresholds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if ratio(thresholds[middle]) <= target else (middle + 1, high)
-    nearest: float = min(thresholds[max(0, low - 1) : low + 1], key=distance)
-    return nearest
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
