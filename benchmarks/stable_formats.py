@@ -71,7 +71,7 @@ def bench_of(form: str, stabiliser: str, learning_rate: float, steps: int, stora
     space, store = located(load_space(SPACE, settings), SPACE.parent), Store(storage)
     network = read_network(space, store.cache, silent)
     factors, failed = factorise(network, store.cache, silent)
-    setting = settle(network, factors, failed, silent)
+    setting = settle(network, factors, failed, store.cache, silent)
     return make_bench(network, factors, setting, Path(tempfile.mkdtemp(dir=storage)), store.cache, silent)
 
 

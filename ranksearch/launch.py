@@ -66,7 +66,7 @@ def search(
             with threads(_all_threads()):
                 network = read_network(space, store.cache, notify)
                 factors, failed = factorise(network, store.cache, notify)
-                setting = settle(network, factors, failed, notify)
+                setting = settle(network, factors, failed, store.cache, notify)
                 choices = seed_choices(setting)
             tracker = stack.enter_context(_tracking(space, store.folder))
             study = store.create(name, setting)
@@ -153,7 +153,7 @@ def inspect(
     space = located(space, base)
     with threads(_all_threads()):
         network = read_network(space, store.cache, notify)
-        setting = settle(network, *factorise(network, store.cache, notify), notify)
+        setting = settle(network, *factorise(network, store.cache, notify), store.cache, notify)
         seed_choices(setting)
         return setting
 

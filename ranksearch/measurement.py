@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch.nn import functional as F
 
 from ranksearch.calibration import as_image
 from ranksearch.conv import Conv
-from ranksearch.decompositions import FORMATS, Prepared, chain, compressed_stages
+from ranksearch.decompositions import FORMATS, Prepared, compressed_stages
 from ranksearch.downstream import Downstream, Pass, opened
 from ranksearch.evaluation import reproducible
+from ranksearch.factors import factors_at
+from ranksearch.space import StabiliseSpec
 from ranksearch.surgery import build_layer, channels_last, kernel_of
-from ranksearch.table import LayerPrices
+from ranksearch.table import Candidate, LayerPrices
 
 Price = Literal["weight", "output", "divergence", "loss", "drop", "second-order"]
 PRICES: tuple[Price, ...] = get_args(Price)
@@ -46,23 +49,25 @@ class Measurement:
     dtype: torch.dtype
     threads: int
     seed: int
+    stabiliser: StabiliseSpec
+    """Of candidates that are fitted."""
+    cache: Path | None
+    """Folder where fits are kept."""
 
     def __reduce__(self) -> tuple[Callable[[bytes], Measurement], tuple[bytes]]:
         return _restored, (pickle.dumps(self.__dict__),)
 
     def weights(self, layer: LayerPrices) -> list[float]:
         """Relative squared errors of the composed kernels of one layer's candidates."""
-        weight, bias = kernel_of(self.dense.get_submodule(layer.name))
+        weight, _ = kernel_of(self.dense.get_submodule(layer.name))
         errors = []
         with reproducible(self.threads):
             kernel = composed((layer.conv,), (weight,))
             for candidate in layer.candidates:
                 error = 0.0
                 if not candidate.dense:
-                    form, ranks = FORMATS[candidate.format], candidate.ranks
-                    prepared = self.prepared[layer.name, candidate.format]
-                    made, _ = chain(form, layer.conv, prepared, ranks, bias)
-                    error = float((composed(compressed_stages(form, layer.conv, ranks), made) - kernel).square().sum())
+                    stages = compressed_stages(FORMATS[candidate.format], layer.conv, candidate.ranks)
+                    error = float((composed(stages, self._kernels(layer, candidate)) - kernel).square().sum())
                 errors.append(share(error, float(kernel.square().sum())))
         return errors
 
@@ -89,10 +94,16 @@ class Measurement:
         built = []
         for c in layer.candidates:
             if not c.dense:
-                prepared = self.prepared[layer.name, c.format]
-                module = build_layer(FORMATS[c.format], layer.conv, prepared, c.ranks, bias, kernel.dtype)
+                prepared, made = self.prepared[layer.name, c.format], self._kernels(layer, c)
+                module = build_layer(FORMATS[c.format], layer.conv, prepared, c.ranks, bias, kernel.dtype, made)
                 built.append(channels_last(module.to(self.dtype)))
         return built
+
+    def _kernels(self, layer: LayerPrices, candidate: Candidate) -> list[Tensor]:
+        """Of the stages of one candidate."""
+        prepared = self.prepared[layer.name, candidate.format]
+        found = factors_at(candidate.format, layer.conv, prepared, candidate.ranks, self.stabiliser, self.cache)
+        return found.kernels
 
     def _dense(self, network: Downstream, images: Tensor, first: int) -> tuple[Pass, dict[str, Tensor]]:
         """The dense pass over one batch, and the gradients of a random log-likelihood at the outputs of the layers."""

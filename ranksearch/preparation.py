@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,13 +27,15 @@ from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import content_hash, store
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
-from ranksearch.pricing import Factors, Selection, decompose, price, select
+from ranksearch.prices import Price, measure, with_prices
+from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import DataSpec, Space
 from ranksearch.spectra import with_spectra
-from ranksearch.strategies import READ_SPECTRA
+from ranksearch.strategies import READ_PRICES, READ_SPECTRA
 from ranksearch.study import Setting
 from ranksearch.surgery import channels_last, count_macs, count_params
+from ranksearch.table import PREDICTED, PriceTable
 from ranksearch.training import computes_bfloat16, steps_of
 
 Notify = Callable[[str, int, int], None]
@@ -213,7 +215,9 @@ def factorise(network: Network, cache: Path, notify: Notify = silent) -> tuple[F
     )
 
 
-def settle(network: Network, factors: Factors, failed: Mapping[str, str], notify: Notify = silent) -> Setting:
+def settle(
+    network: Network, factors: Factors, failed: Mapping[str, str], cache: Path, notify: Notify = silent
+) -> Setting:
     """Price the candidates and score the dense network: the setting of a new search.
 
     Raises:
@@ -221,8 +225,11 @@ def settle(network: Network, factors: Factors, failed: Mapping[str, str], notify
     """
     space, selection = network.space, network.selection
     table, dear = price(space, selection, factors)
-    if READ_SPECTRA & {space.strategy.name, *space.strategy.seeds}:
+    strategies = {space.strategy.name, *space.strategy.seeds}
+    if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
+    if READ_PRICES & strategies and space.strategy.price != PREDICTED:
+        table = _measured(network, table, factors, cache, notify)
     notify("scoring the dense network", 0, 1)
     device, batch = device_of(space), space.evaluation.batch_images
     search = score(network.model, network.data.search, network.data, batch_images=batch, device=device)
@@ -244,6 +251,27 @@ def settle(network: Network, factors: Factors, failed: Mapping[str, str], notify
         dtype=_fine_tuning_dtype(network),
         versions=versions(),
     )
+
+
+def _measured(network: Network, table: PriceTable, factors: Factors, cache: Path, notify: Notify) -> PriceTable:
+    """The table with the price that the space names, measured on the first calibration images."""
+    space, data, device = network.space, network.data, device_of(network.space)
+    count = space.strategy.price_images
+    images = data.calibration[:count]
+    found = measure(
+        network.model,
+        table,
+        factors,
+        to_input(images, data, device),
+        torch.tensor(data.train.labels[: len(images)]),
+        kind=kinds(space)[-1],
+        prices=[cast(Price, space.strategy.price)],
+        threads=torch.get_num_threads(),
+        stabiliser=space.stabilise,
+        cache=cache,
+        progress=lambda done, total: notify("measuring prices", done, total),
+    )
+    return with_prices(table, found)
 
 
 def _fine_tuning_dtype(network: Network) -> str:

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,15 +33,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ranksearch.decompositions import Kind
+from ranksearch.decompositions.format import UNSTABILISED
 from ranksearch.errors import DataError
 from ranksearch.evaluation import reproducible
 from ranksearch.factors import content_hash, store
 from ranksearch.measurement import PRICES, WITH_LABELS, Measurement, Price, share
 from ranksearch.pricing import Factors
+from ranksearch.space import StabiliseSpec
 from ranksearch.surgery import evaluating
 from ranksearch.table import LayerPrices, PriceTable
 
-__all__ = ["PRICES", "Map", "Price", "measure"]
+__all__ = ["PRICES", "Map", "Price", "measure", "with_prices"]
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """Like the builtin ``map``: results in the order of the items."""
@@ -61,6 +64,7 @@ def measure(
     dtype: torch.dtype = torch.float32,
     threads: int = 1,
     seed: int = 0,
+    stabiliser: StabiliseSpec = UNSTABILISED,
     cache: Path | None = None,
     map: Map = builtins.map,
     progress: Callable[[int, int], None] | None = None,
@@ -83,7 +87,8 @@ def measure(
         dtype: of weights and activations, float32 or bfloat16.
         threads: CPU threads of one piece of work; the last bits depend on them.
         seed: of the signs of ``second-order``.
-        cache: folder where prices are kept by a hash of all they depend on; without, none are kept.
+        stabiliser: of candidates that are fitted.
+        cache: folder where fits are, and prices are kept by a hash of all they depend on; without, none are kept.
         map: runs the pieces of work, which can be pickled: the builtin, a process pool's, or a cluster's.
         progress: called with the pieces of work done and their total.
 
@@ -97,7 +102,9 @@ def measure(
     chosen = _chosen(prices, images, labels)
     keys = {}
     if cache is not None:
-        about = _about(dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {unit_images} {threads} {seed}")
+        about = _about(
+            dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {unit_images} {threads} {seed} {stabiliser}"
+        )
         keys = {x.name: cache / "prices" / f"{_key(x, factors, kind, about)}.safetensors" for x in table.layers}
     found = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
     missing = [layer for layer in table.layers if found[layer.name] is None]
@@ -111,6 +118,8 @@ def measure(
             dtype=dtype,
             threads=threads,
             seed=seed,
+            stabiliser=stabiliser,
+            cache=cache,
         )
         for layer, values in _measured(work, images, labels, unit_images, map, progress).items():
             found[layer] = values
@@ -120,6 +129,21 @@ def measure(
         name: [dict(zip(chosen, row, strict=True)) for row in cast(Tensor, values).tolist()]
         for name, values in found.items()
     }
+
+
+def with_prices(table: PriceTable, found: Mapping[str, Sequence[Mapping[str, float]]]) -> PriceTable:
+    """The table with what :func:`measure` found of its candidates."""
+    layers = [
+        replace(
+            layer,
+            candidates=tuple(
+                replace(candidate, prices=tuple(values.items()))
+                for candidate, values in zip(layer.candidates, found[layer.name], strict=True)
+            ),
+        )
+        for layer in table.layers
+    ]
+    return replace(table, layers=tuple(layers))
 
 
 def _chosen(prices: Sequence[Price] | None, images: Tensor, labels: Tensor | None) -> tuple[Price, ...]:

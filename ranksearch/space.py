@@ -161,6 +161,8 @@ class StrategySpec(Section):
     """The loss of a candidate that ``knapsack``, ``greedy``, ``lc`` and ``eps`` reckon with: ``predicted`` (the error
     of the table), or a measured one of replacing that layer alone: ``weight``, ``output``, ``divergence``, ``loss``,
     ``second-order``, ``drop``."""
+    price_images: Positive = 256
+    """Calibration images, with their labels, that a measured price is measured on."""
     sampler: str = "nsga2"
     """Optuna's sampler: ``nsga2``, ``nsga3``, ``tpe``, ``gp``, ``qmc``, ``random``, or a class as
     ``package.module:Class``."""

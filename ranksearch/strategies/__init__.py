@@ -33,7 +33,7 @@ from ranksearch.strategies.water_filling import WaterFilling
 from ranksearch.table import MEASURED, PREDICTED, PriceTable
 from ranksearch.trial import Proposal, Signal, Trial
 
-__all__ = ["READ_SPECTRA", "STRATEGIES", "USER", "Strategy", "build_strategy"]
+__all__ = ["READ_PRICES", "READ_SPECTRA", "STRATEGIES", "USER", "Strategy", "build_strategy"]
 
 USER = "user"
 """Origin of the proposals that are the user's own rank maps."""
@@ -128,6 +128,9 @@ STRATEGIES: dict[str, Maker] = {
     "optuna": _optuna,
 }
 """The strategies by their names in a space file."""
+
+READ_PRICES = frozenset({"knapsack", "greedy", "lc", "eps"})
+"""Strategies that reckon with the price that the space names."""
 
 READ_SPECTRA = frozenset({"water-filling", "evbmf", "alds"})
 """Strategies that read the spectra of the kernels off the price table."""

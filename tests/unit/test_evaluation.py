@@ -45,7 +45,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Bench]:
     folder = tmp_path_factory.mktemp("bench")
     network = read_network(parse_space(SPACE), folder / "cache")
     factors, failed = factorise(network, folder / "cache")
-    setting = settle(network, factors, failed)
+    setting = settle(network, factors, failed, folder / "cache")
     assert not failed
     return network, make_bench(network, factors, setting, folder / "weights", folder / "cache", silent)
 
@@ -248,7 +248,7 @@ def test_trials_beyond_the_limits_are_not_scored_on_the_report_images(bench: Ben
 def test_a_study_goes_on_with_its_own_images_only(prepared: tuple[Network, Bench], tmp_path: Path) -> None:
     network, _ = prepared
     factors, failed = factorise(network, tmp_path / "cache")
-    setting = settle(network, factors, failed)
+    setting = settle(network, factors, failed, tmp_path / "cache")
     labels = network.data.report.labels.copy()
     labels[0] = (labels[0] + 1) % 10
     report = replace(network.data.report, labels=labels)
