@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ranksearch.decompositions import FORMATS
 from ranksearch.errors import BudgetError, RankMapError
 from ranksearch.factors import store
 from ranksearch.front import knee
@@ -30,7 +31,14 @@ def rank_map_of(study: Study, trial: Trial) -> RankMap:
     setting, table = study.setting, study.setting.table
     picked, outcome = table.picked(trial.proposal.choices), trial.outcome
     layers = {
-        name: LayerRanks(format=c.format, ranks=c.ranks, conv=table.convs[name].to_json(), macs=c.macs, params=c.params)
+        name: LayerRanks(
+            format=c.format,
+            ranks=c.ranks,
+            conv=table.convs[name].to_json(),
+            macs=c.macs,
+            params=c.params,
+            stabilise=None if FORMATS[c.format].nested else study.space.stabilise,
+        )
         for name, c in picked.items()
         if not c.dense
     }

@@ -51,21 +51,23 @@ class Fit:
 
 
 def prepared_factors(
-    form: str, conv: Conv, weight: Tensor, statistics: Statistics | None, cache: Path
+    form: str, conv: Conv, weight: Tensor, statistics: Statistics | None, cache: Path | None
 ) -> dict[str, Tensor]:
-    """Prepared tensors of one layer, from the cache or computed and stored.
+    """Prepared tensors of one layer, from the cache (if there is one) or computed and stored.
 
     Raises:
         UnsupportedLayer, DecompositionError: as :func:`ranksearch.decompositions.prepare` does.
     """
-    tensors = [weight, *(vars(statistics).values() if statistics is not None else ())]
-    key = content_hash(tensors, f"{_CACHE_VERSION} {form} {conv}")
 
     def compute() -> dict[str, Tensor]:
         # Short fits are thousands of small products, which more threads only slow down.
         with nullcontext() if FORMATS[form].nested else threads(1):
             return prepare(FORMATS[form], conv, weight, statistics)
 
+    if cache is None:
+        return compute()
+    tensors = [weight, *(vars(statistics).values() if statistics is not None else ())]
+    key = content_hash(tensors, f"{_CACHE_VERSION} {form} {conv}")
     return _entry(cache / "factors" / f"{key}.safetensors", compute)
 
 

@@ -149,7 +149,7 @@ def compress(
         convs = check_fits(found, dense)
         statistics = collect(channels_last(dense), convs, _batches(loaded, _provenance(found, "batch_images"), notify))
     notify("decomposing layers", 0, 1)
-    compressed = apply_rank_map(found, dense, statistics)
+    compressed = apply_rank_map(found, dense, statistics, cache=cache)
     factors = "weight-only" if statistics is None else "activation-aware"
     applied = found.model_copy(
         update={
@@ -237,7 +237,7 @@ def compare(
     check_classes(dense, loaded)
     if stored is None:
         notify("decomposing layers", 0, 1)
-        compressed = apply_rank_map(rank_map, dense)
+        compressed = apply_rank_map(rank_map, dense, cache=cache)
     else:
         compressed = load_compressed(rank_map, dense, stored)
     count = int(_provenance(rank_map, "cpus_per_trial"))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ranksearch.conv import Conv
 from ranksearch.errors import RankMapError
+from ranksearch.space import StabiliseSpec
 
 
 class _Record(BaseModel):
@@ -32,6 +33,8 @@ class LayerRanks(_Record):
     macs: int
     """MACs per image of the compressed layer."""
     params: int
+    stabilise: StabiliseSpec | None = None
+    """How the factors were stabilised, where they are a fit; applied afresh, they are stabilised likewise."""
 
     @property
     def geometry(self) -> Conv:

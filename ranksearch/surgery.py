@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from ranksearch.decompositions import (
     chain,
     check_ranks,
     compressed_stages,
-    prepare,
 )
 from ranksearch.errors import ModelError, RankError, RankMapError, UnsupportedLayer
+from ranksearch.factors import factors_at, prepared_factors
 from ranksearch.rankmap import RankMap
+from ranksearch.space import StabiliseSpec
 from ranksearch.stages import PLAIN, TRANSPOSED
 from ranksearch.stages import build_chain as build_chain
 from ranksearch.stages import build_stage as build_stage
@@ -127,11 +129,22 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def apply_rank_map(
-    rank_map: RankMap, model: nn.Module, statistics: Mapping[str, Statistics] | None = None
+    rank_map: RankMap,
+    model: nn.Module,
+    statistics: Mapping[str, Statistics] | None = None,
+    *,
+    cache: Path | None = None,
 ) -> nn.Module:
     """A compressed copy of the dense ``model``, each layer of the map decomposed afresh at its ranks.
 
-    Factors are activation-aware for the layers that ``statistics`` holds, weight-only for the others.
+    Factors are activation-aware for the layers that ``statistics`` holds, weight-only for the others; fits are
+    stabilised as the map says.
+
+    Args:
+        rank_map: the map.
+        model: the dense network.
+        statistics: by layer.
+        cache: folder where decompositions are looked for and kept.
 
     Raises:
         RankMapError: the map is for another model.
@@ -139,10 +152,11 @@ def apply_rank_map(
     """
     modules: dict[str, nn.Module] = {}
     for name, conv in check_fits(rank_map, model).items():
-        form, ranks = FORMATS[rank_map.layers[name].format], rank_map.layers[name].ranks
-        weight, bias = kernel_of(model.get_submodule(name))
-        prepared = prepare(form, conv, weight, (statistics or {}).get(name))
-        modules[name] = build_layer(form, conv, prepared, ranks, bias, weight.dtype)
+        layer, (weight, bias) = rank_map.layers[name], kernel_of(model.get_submodule(name))
+        prepared = prepared_factors(layer.format, conv, weight, (statistics or {}).get(name), cache)
+        fit = factors_at(layer.format, conv, prepared, layer.ranks, layer.stabilise or StabiliseSpec(), cache)
+        form = FORMATS[layer.format]
+        modules[name] = build_layer(form, conv, prepared, layer.ranks, bias, weight.dtype, fit.kernels)
     return replaced(model, modules)
 
 
