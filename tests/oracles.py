@@ -13,13 +13,17 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ranksearch.stages import TiedConv
 from tests.cases import FORMATS
 
 
 def weight(layer: nn.Module) -> np.ndarray:
-    """Kernel ``(T, S / groups, *kernel)`` of torch's own layer, float64."""
+    """Kernel ``(T, S / groups, *kernel)`` of torch's own layer, or of one with tied groups, float64."""
     found = layer.weight.detach().double().numpy()
-    return _turned(found, layer.groups) if getattr(layer, "transposed", False) else found
+    conv = layer.conv if isinstance(layer, TiedConv) else layer
+    if not getattr(conv, "transposed", False):
+        return found
+    return _turned(found, conv.groups // getattr(conv, "tied", 1))
 
 
 def _turned(found: np.ndarray, groups: int) -> np.ndarray:

@@ -164,7 +164,10 @@ def test_a_chain_equals_the_convolution_with_the_composed_kernel(name: str, case
     for ranks in subject.some_ranks():
         built = subject.built(ranks)
         expected = oracles.with_kernel(subject.dense, subject.kernel(ranks), built[-1].bias)(images.double())
-        torch.testing.assert_close(built(images).double(), expected, rtol=1e-5, atol=1e-5)
+        # The terms of a fit that nothing stabilised cancel, and float32 loses digits by it: another test's affair.
+        found = built(images).double() if subject.form.nested else built.double()(images.double())
+        tolerance = 1e-5 if subject.form.nested else 1e-9
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 @every_pair
@@ -283,8 +286,8 @@ def test_on_correlated_inputs_activation_aware_factors_lose_less_of_the_output(n
     )
     plain, aware = (Subject(name, case, kind) for kind in ("weight-only", "activation-aware"))
     expected = plain.dense(plain.images)
-    for share in (0.25, 0.5, 0.75):
-        ranks = tuple(max(1, int(share * bound)) for bound in plain.bounds)
+    # Of the ranks on offer: at the largest ones of a fit next to nothing is lost either way.
+    for ranks in rank_grid(plain.form, plain.conv, RanksSpec(ratios=[0.25, 0.5, 0.75], joint=True)):
         with torch.no_grad():
             lost = [float((s.built(ranks)(s.images) - expected).square().mean()) for s in (plain, aware)]
         assert lost[1] < lost[0]
