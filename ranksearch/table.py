@@ -47,7 +47,8 @@ class Candidate:
     error: float
     """Predicted relative squared error, 0 (exact) to 1 (everything lost), in the metric of the format's factors. Close
     to the share of the output's variance lost for ``svd`` and ``channel-svd``; up to three times too high for
-    ``tucker2`` and too low for ``spatial-svd``, so it compares ranks better than formats."""
+    ``tucker2`` and too low for ``spatial-svd``, so it compares ranks better than formats. Of formats that are fitted,
+    measured by short fits at a few ranks and interpolated, before they are stabilised."""
     prices: tuple[tuple[str, float], ...] = ()
     """Measured losses of replacing this layer alone, by name (see ``MEASURED``)."""
 

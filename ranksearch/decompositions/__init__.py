@@ -1,9 +1,10 @@
 """The formats a layer may take, one file a family.
 
-To add a format, write a class with ``name``, ``max_rank``, ``stages``, ``prepare`` and ``factors`` (see
-:class:`~ranksearch.decompositions.format.Format`; ``tucker2.py`` is the shortest example) and put an instance in
-``FORMATS``. Its MACs, modules, bounds, biases, refitting and rank-map entries follow from these. Then add its name to
-the table of ``tests/cases.py``, which runs the whole conformance suite on it.
+To add a format, write a class with ``name``, ``nested``, ``max_rank``, ``stages``, ``prepare``, ``error`` and
+``factors`` (see :class:`~ranksearch.decompositions.format.Format`; ``tucker2.py`` is the shortest example, ``cp.py``
+is one that is fitted) and put an instance in ``FORMATS``. Its MACs, modules, bounds, groups, biases, caching, refitting
+and rank-map entries follow from these. Then add its name to the table of ``tests/cases.py``, which runs the whole
+conformance suite on it.
 """
 
 from __future__ import annotations

@@ -246,7 +246,9 @@ def kernels(
             f"{form.name} at ranks {ranks} gave factors that are not finite. "
             "Leave this layer dense, or change its ranks."
         )
-    return [weight.to(prepared["weight"].dtype).contiguous() for weight in fitted]
+    # Strides as a cache gives them back, along axes of size 1 too: the last bits of a convolution depend on them.
+    dtype = prepared["weight"].dtype
+    return [weight.to(dtype).clone(memory_format=torch.contiguous_format) for weight in fitted]
 
 
 def regauged(form: OwnGauge, conv: Conv, kernels: Sequence[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from ranksearch.decompositions.als import Factors, cp_als
 FLOOR = 1e-6
 """Where lines of log error end, at the exact rank."""
 _SWEEPS = 8
-_WORK = 2e11
+_WORK = 1.5e11
 """Multiply-accumulates that a ladder may take, about ten seconds of one core."""
 
 

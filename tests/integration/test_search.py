@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from ranksearch.data import load_data
+from ranksearch.decompositions import FORMATS
 from ranksearch.errors import DataError, EngineError, RanksearchError, SpaceError, TrackingError
 from ranksearch.evaluation import Evaluator
 from ranksearch.export import choose, load_compressed, rank_map_of, read_compressed
@@ -442,3 +443,36 @@ def test_ray_finds_what_this_process_finds(folder: Path) -> None:
         other = searched(folder, *tuned, *ray, trials=8, name=f"ray-{workers}")
         assert found(other) == found(local)
         assert weights_of(other) == weights_of(local)
+
+
+@pytest.mark.slow
+def test_all_formats_share_one_space(folder: Path) -> None:
+    study = searched(folder, f"formats=[{','.join(FORMATS)}]", "evaluation.refit=false", trials=6)
+    assert {trial.state for trial in study.trials()} == {"COMPLETE"}
+    offered = {c.format for layer in study.setting.table.layers for c in layer.candidates}
+    assert len(offered - {"dense"}) >= 5
+    dense = dense_network(folder)
+    for trial in study.trials():
+        assert trial.outcome is not None
+        chosen = rank_map_of(study, trial)
+        fitted = {name for name, layer in chosen.layers.items() if not FORMATS[layer.format].nested}
+        told = trial.outcome.details.get("fitted", {})
+        assert told.keys() == fitted
+        assert all(0 <= one["relative_error"] <= 1 and one["sensitivity"] > 0 for one in told.values())
+        assert counted(skeleton(chosen, dense), (1, 8, 8)) == trial.outcome.macs
+        assert all((layer.stabilise is not None) == (name in fitted) for name, layer in chosen.layers.items())
+    first = study.trials()[0]
+    entries = sorted((folder / "cache" / "fits").rglob("*.safetensors"))
+    assert entries
+    again = searched(folder, f"formats=[{','.join(FORMATS)}]", "evaluation.refit=false", trials=6, name="again")
+    assert found(again) == found(study)
+    assert sorted((folder / "cache" / "fits").rglob("*.safetensors")) == entries
+    export_trial(study, first, Store(folder), folder / "map.json", weights=folder / "compressed.safetensors")
+    rank_map, weights = read_compressed(folder / "map.json")
+    assert weights is not None
+    built = load_compressed(rank_map, dense, weights)
+    assert counted(built, (1, 8, 8)) == first.outcome.macs  # type: ignore[union-attr]
+    afresh = rank_map.apply(dense)
+    images = torch.randn(4, 1, 8, 8)
+    assert torch.isfinite(afresh(images)).all()
+    assert torch.equal(rank_map.apply(dense)(images), afresh(images))
