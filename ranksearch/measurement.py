@@ -83,7 +83,8 @@ class Measurement:
             chains = {layer.name: self._chains(layer) for layer in self.layers}
             for start in range(0, len(images), self.batch_images):
                 part = slice(start, start + self.batch_images)
-                x = images[part].to(self.dtype).contiguous(memory_format=torch.channels_last)
+                x = images[part].to(self.dtype)
+                x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
                 dense, gradients = self._dense(network, x, first + start)
                 self._add(sums, network, chains, dense, gradients, None if labels is None else labels[part].long())
         return sums
@@ -106,7 +107,7 @@ class Measurement:
         return found.kernels
 
     def _dense(self, network: Downstream, images: Tensor, first: int) -> tuple[Pass, dict[str, Tensor]]:
-        """The dense pass over one batch, and the gradients of a random log-likelihood at the outputs of the layers."""
+        """The dense pass over a batch, and gradients ``(N, K)`` of a random log-likelihood at the layers' outputs."""
         second = "second-order" in self.prices
         with torch.set_grad_enabled(second):
             dense = network.run(images.requires_grad_(second))
@@ -115,14 +116,14 @@ class Measurement:
             raise FloatingPointError("the dense network's outputs are not finite. Check its weights and the images.")
         if not second:
             return dense, {}
-        generator = torch.Generator().manual_seed((self.seed << 32) + first)
+        generator = torch.Generator().manual_seed((self.seed % 2**31 << 32) + first)
         signs = torch.randint(2, logits.shape, generator=generator).to(logits) * 2 - 1
         p = logits.softmax(1)
         weighted = signs * p.sqrt()
         # The gradient of sum_c a_c log p_c with respect to the logits is a - p sum_c a_c.
         direction = weighted - p * weighted.sum(1, keepdim=True)
         gradients = dense.gradients(direction.to(dense.logits.dtype))
-        return dense.detached(), gradients
+        return dense.detached(), {name: _flat(gradient) for name, gradient in gradients.items()}
 
     @torch.no_grad()
     def _add(
@@ -150,7 +151,7 @@ class Measurement:
                     change = _flat(output - y)
                     row[0] += float(torch.dot(change.flatten(), change.flatten()))
                     if gradients:
-                        slopes = torch.linalg.vecdot(change, _flat(gradients[layer.name]))
+                        slopes = torch.linalg.vecdot(change, gradients[layer.name])
                         row[1] += float(slopes.double().square().sum()) / 2
                 if onward:
                     row[2:] += _outcome(network.onward(layer.name, output, dense), log_p, labels)

@@ -18,6 +18,7 @@ from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ranksearch.calibration import collect
 from ranksearch.config import parse_space
@@ -28,7 +29,7 @@ from ranksearch.models.cifar_resnet import CifarResNet
 from ranksearch.models.digits_cnn import digits_cnn
 from ranksearch.prices import PRICES, measure
 from ranksearch.pricing import Factors, decompose, kinds, price, select
-from ranksearch.surgery import build_layer, kernel_of, replaced
+from ranksearch.surgery import build_layer, find_layers, kernel_of, replaced
 from ranksearch.table import Candidate, PriceTable
 from tests import oracles
 from tests.networks import SharedNet, SmallNet, small_images, small_net
@@ -234,12 +235,18 @@ def test_only_a_network_that_no_graph_holds_is_run_whole(name: str, kind: type) 
             handle.remove()
 
 
-def test_the_graph_of_a_layer_leaves_out_what_comes_before_it() -> None:
-    net, _ = network("resnet-A")
-    code = Traced(net, ["layer2.0.conv2"]).suffixes["layer2.0.conv2"].code
-    assert "layer3" in code
-    assert "layer1" not in code
-    assert "layer2.0.conv1" not in code.replace('getattr(self.layer2, "0")', "layer2.0")
+def test_only_what_a_layer_reaches_runs_again() -> None:
+    net, images = network("resnet-A")
+    downstream = Traced(net, ["layer2.0.conv2"])
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad():
+        dense = downstream.run(images[:1])
+        with counter:
+            downstream.onward("layer2.0.conv2", dense.outputs["layer2.0.conv2"], dense)
+    layers = {layer.name: layer.conv.macs for layer in find_layers(net, (3, 12, 12))}
+    after = [name for name in layers if name.startswith(("layer3", "linear"))]
+    assert counter.get_total_flops() // 2 == sum(layers[name] for name in after)
+    assert len(after) == 3
 
 
 def test_second_order_estimates_the_divergence_of_small_changes(tmp_path: Path) -> None:
@@ -265,7 +272,7 @@ def test_prices_may_be_chosen_and_need_labels_only_where_they_say_so(tmp_path: P
         keys = [key for key in PRICES if key not in ("loss", "drop")]
         assert rows == [{key: row[key] for key in keys} for row in everything[name]]
     with pytest.raises(DataError, match=r"loss and drop need labels.*Give labels"):
-        measure(net, case.table, case.factors, images, kind=case.kind, prices=["drop", "loss"])
+        measure(net, case.table, case.factors, images, kind=case.kind, prices=["loss", "drop"])
     with pytest.raises(DataError, match="25 images and 24 labels"):
         measure(net, case.table, case.factors, images, case.labels[:24], kind=case.kind)
     with pytest.raises(DataError, match="at least one image"):
@@ -336,10 +343,12 @@ def test_the_cache_spares_all_work_and_survives_damage(tmp_path: Path) -> None:
 def test_bfloat16_prices_are_close_to_those_of_float32(tmp_path: Path) -> None:
     net, images = network("resnet-A")
     case = priced(net, images, tmp_path, ratios=(0.2,))
+    case = replace(case, table=replace(case.table, layers=case.table.layers[1:3]))
     exact, rough = case.measured(), case.measured(dtype=torch.bfloat16)
     for name, rows in exact.items():
         assert rough[name][0]["output"] == pytest.approx(rows[0]["output"], rel=0.05)
-        assert rough[name][0]["divergence"] == pytest.approx(rows[0]["divergence"], rel=0.5, abs=1e-3)
+        assert rough[name][0]["divergence"] == pytest.approx(rows[0]["divergence"], rel=0.3)
+        assert rough[name][0]["output"] != rows[0]["output"]
 
 
 def test_a_layer_that_runs_more_than_once_is_refused() -> None:
