@@ -189,9 +189,10 @@ def plain(case: Priced, name: str, candidate: Candidate) -> dict[str, float]:
         FORMATS[candidate.format], conv, case.factors[name, candidate.format, case.kind], candidate.ranks, bias
     )
     kernel = weight.double().numpy()
+    composed = oracles.kernel(candidate.format, [factor.double().numpy() for factor in factors], conv.groups)
     labels, classes = case.labels.numpy(), list(range(before.shape[1]))
     return {
-        "weight": float(((oracles.kernel(candidate.format, factors) - kernel) ** 2).sum() / (kernel**2).sum()),
+        "weight": float(((composed.reshape(kernel.shape) - kernel) ** 2).sum() / (kernel**2).sum()),
         "output": float(((found - y) ** 2).sum() / (centred**2).sum()),
         "divergence": float(np.mean(entropy(before, after, axis=1))),
         "loss": float(log_loss(labels, after, labels=classes) - log_loss(labels, before, labels=classes)),
