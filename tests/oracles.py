@@ -19,7 +19,8 @@ from tests.cases import FORMATS
 def weight(layer: nn.Module) -> np.ndarray:
     """Kernel ``(T, S / groups, *kernel)`` of torch's own layer, float64."""
     found = layer.weight.detach().double().numpy()
-    return _turned(found, layer.groups) if getattr(layer, "transposed", False) else found
+    conv = getattr(layer, "conv", layer)  # what a layer of tied groups runs
+    return _turned(found, conv.groups // getattr(conv, "tied", 1)) if getattr(conv, "transposed", False) else found
 
 
 def _turned(found: np.ndarray, groups: int) -> np.ndarray:

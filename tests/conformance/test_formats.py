@@ -283,7 +283,8 @@ def test_on_correlated_inputs_activation_aware_factors_lose_less_of_the_output(n
     )
     plain, aware = (Subject(name, case, kind) for kind in ("weight-only", "activation-aware"))
     expected = plain.dense(plain.images)
-    for share in (0.25, 0.5, 0.75):
+    # Fits of larger shares are all but exact.
+    for share in (0.25, 0.5, 0.75) if FORMATS[name].nested else (0.1, 0.15, 0.25):
         ranks = tuple(max(1, int(share * bound)) for bound in plain.bounds)
         with torch.no_grad():
             lost = [float((s.built(ranks)(s.images) - expected).square().mean()) for s in (plain, aware)]
