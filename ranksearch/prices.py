@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ranksearch.decompositions import Kind
-from ranksearch.decompositions.format import UNSTABILISED
+from ranksearch.decompositions.format import STABILISED
 from ranksearch.errors import DataError
 from ranksearch.evaluation import reproducible
 from ranksearch.factors import content_hash, store
@@ -64,7 +64,7 @@ def measure(
     dtype: torch.dtype = torch.float32,
     threads: int = 1,
     seed: int = 0,
-    stabiliser: StabiliseSpec = UNSTABILISED,
+    stabiliser: StabiliseSpec = STABILISED,
     cache: Path | None = None,
     map: Map = builtins.map,
     progress: Callable[[int, int], None] | None = None,

@@ -23,10 +23,10 @@ from ranksearch.decompositions import (
     check_ranks,
     compressed_stages,
 )
+from ranksearch.decompositions.format import STABILISED
 from ranksearch.errors import ModelError, RankError, RankMapError, UnsupportedLayer
 from ranksearch.factors import factors_at, prepared_factors
 from ranksearch.rankmap import RankMap
-from ranksearch.space import StabiliseSpec
 from ranksearch.stages import PLAIN, TRANSPOSED
 from ranksearch.stages import build_chain as build_chain
 from ranksearch.stages import build_stage as build_stage
@@ -154,7 +154,7 @@ def apply_rank_map(
     for name, conv in check_fits(rank_map, model).items():
         layer, (weight, bias) = rank_map.layers[name], kernel_of(model.get_submodule(name))
         prepared = prepared_factors(layer.format, conv, weight, (statistics or {}).get(name), cache)
-        fit = factors_at(layer.format, conv, prepared, layer.ranks, layer.stabilise or StabiliseSpec(), cache)
+        fit = factors_at(layer.format, conv, prepared, layer.ranks, layer.stabilise or STABILISED, cache)
         form = FORMATS[layer.format]
         modules[name] = build_layer(form, conv, prepared, layer.ranks, bias, weight.dtype, fit.kernels)
     return replaced(model, modules)

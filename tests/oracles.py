@@ -13,17 +13,14 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranksearch.stages import TiedConv
 from tests.cases import FORMATS
 
 
 def weight(layer: nn.Module) -> np.ndarray:
     """Kernel ``(T, S / groups, *kernel)`` of torch's own layer, or of one with tied groups, float64."""
     found = layer.weight.detach().double().numpy()
-    conv = layer.conv if isinstance(layer, TiedConv) else layer
-    if not getattr(conv, "transposed", False):
-        return found
-    return _turned(found, conv.groups // getattr(conv, "tied", 1))
+    conv = getattr(layer, "conv", layer)  # what a layer of tied groups runs
+    return _turned(found, conv.groups // getattr(conv, "tied", 1)) if getattr(conv, "transposed", False) else found
 
 
 def _turned(found: np.ndarray, groups: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ranksearch.conv import Conv
 from ranksearch.decompositions.als import Factors, cp_als
 from ranksearch.decompositions.format import (
-    UNSTABILISED,
+    STABILISED,
     Prepared,
     Ranks,
     Statistics,
@@ -72,7 +72,7 @@ class Cp:
         """Between the rungs of the ladder."""
         return interpolated(prepared["ladder"].tolist(), prepared["errors"].tolist(), ranks[0])
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """A fit in the metric of the input, stabilised, brought back from the metric and balanced."""
         weight = prepared["weight"]
         *filters, first, last = fitted(self._tensor(whitened(prepared)), ranks[0], stabiliser)

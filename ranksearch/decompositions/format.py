@@ -28,7 +28,8 @@ Prepared = Mapping[str, Tensor]
 Kind = Literal["weight-only", "activation-aware"]
 
 
-UNSTABILISED = StabiliseSpec(method="none")
+STABILISED = StabiliseSpec()
+"""What is done to fits unless a space or a rank map says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +74,7 @@ class Format(Protocol):
         """Predicted share of the squared norm lost, 0 to 1, in the metric of the factors' kind; no fit, so cheap."""
         ...
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """The kernels of the stages at these ranks: slices, or a fit that the stabiliser then works on."""
         ...
 
@@ -222,7 +223,7 @@ def error(form: Format, conv: Conv, prepared: Prepared, ranks: Ranks) -> float:
 
 
 def kernels(
-    form: Format, conv: Conv, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED
+    form: Format, conv: Conv, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED
 ) -> list[Tensor]:
     """Kernels of the stages in a gauge that trains well: the orthonormal one, or for fits their own.
 

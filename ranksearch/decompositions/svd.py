@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions.format import (
-    UNSTABILISED,
+    STABILISED,
     Prepared,
     Ranks,
     Statistics,
@@ -68,7 +68,7 @@ class ChannelSvd:
         """As ``energy`` tells."""
         return lost(prepared["energy"], ranks)
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         (rank,) = ranks
         first = prepared["first"][:rank]
@@ -138,7 +138,7 @@ class SpatialSvd:
         """As ``energy`` tells."""
         return lost(prepared["energy"], ranks)
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         (rank,) = ranks
         return [prepared["first"][:rank], prepared["last"][:, :rank]]

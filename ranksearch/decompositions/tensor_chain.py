@@ -16,7 +16,7 @@ from torch import Tensor
 from ranksearch.conv import Conv
 from ranksearch.decompositions.cp import unwhitened, whitened
 from ranksearch.decompositions.format import (
-    UNSTABILISED,
+    STABILISED,
     Prepared,
     Ranks,
     Statistics,
@@ -93,7 +93,7 @@ class TensorChain:
                 least = min(least, max(outside, interpolated(widths, errors, width)))
         return least
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """A fit in the metric of the input, stabilised, brought back from the metric and gauged anew."""
         weight = prepared["weight"]
         tensor = _tensor(whitened(prepared))

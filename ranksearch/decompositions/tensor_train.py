@@ -16,7 +16,7 @@ from torch import Tensor
 from ranksearch.conv import Conv
 from ranksearch.decompositions.cp import along
 from ranksearch.decompositions.format import (
-    UNSTABILISED,
+    STABILISED,
     Prepared,
     Ranks,
     Statistics,
@@ -95,7 +95,7 @@ class TensorTrain:
         size = 1 + math.log(r1 * r3 / (s * t)) / (2 * math.log(1 / _CORES[0]))
         return outside + (1 - outside) * on_grid(prepared["errors"].tolist(), size, math.log(r2) / math.log(top))
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """Slices of the bases, orthonormal, and the core between them as two factors that share its singular values."""
         r1, r2, r3 = ranks
         first, last = prepared["first"][:r1].double(), prepared["last"][:, :r3].double()

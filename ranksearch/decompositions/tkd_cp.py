@@ -15,7 +15,7 @@ from torch import Tensor
 from ranksearch.conv import Conv
 from ranksearch.decompositions.cp import depthwise, exact_rank, fitted
 from ranksearch.decompositions.format import (
-    UNSTABILISED,
+    STABILISED,
     Prepared,
     Ranks,
     Statistics,
@@ -104,7 +104,7 @@ class TkdCp:
         inside = on_grid(prepared["errors"].tolist(), size, math.log(rank) / math.log(top))
         return outside + (1 - outside) * inside
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """Slices of the bases, and a stabilised fit of the core between them."""
         r_in, r_out, rank = ranks
         first, last = prepared["first"][:r_in].double(), prepared["last"][:, :r_out].double()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions.format import (
-    UNSTABILISED,
+    STABILISED,
     Prepared,
     Ranks,
     Statistics,
@@ -62,7 +62,7 @@ class Tucker2:
         """As ``energy`` tells."""
         return lost(prepared["energy"], ranks)
 
-    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = UNSTABILISED) -> list[Tensor]:
+    def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """Slices of the full-rank factors."""
         r_in, r_out = ranks
         first, core, last = prepared["first"][:r_in], prepared["core"][:r_out, :r_in], prepared["last"][:, :r_out]
