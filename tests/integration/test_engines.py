@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -54,7 +55,10 @@ class Factory:
         if task.seed == self.kill and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(self.seconds)
+        if self.seconds:
+            start = time.monotonic_ns()  # one clock for all processes
+            time.sleep(self.seconds)
+            (self.folder / f"task-{os.getpid()}-{start}-{time.monotonic_ns()}").touch()
         return table_outcome(TABLE, task.choices)
 
     @property
@@ -185,11 +189,13 @@ def test_a_killed_worker_costs_only_what_it_was_doing(
 
 def test_two_workers_work_at_the_same_time(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source, factory = Batches(8, 4), Factory(folder=tmp_path, seconds=1.0)
-    start = time.monotonic()
     engine("ray", request).run(factory, source)
     assert factory.calls == 2
     assert all(isinstance(result, Outcome) for result in source.results.values())
-    assert time.monotonic() - start < 8 + 10, "eight tasks of a second on two workers, and their start"
+    spans = [[int(part) for part in path.name.split("-")[1:]] for path in tmp_path.glob("task-*")]
+    assert len(spans) == 8
+    pairs = itertools.combinations(spans, 2)
+    assert any(one[0] != two[0] and one[1] < two[2] and two[1] < one[2] for one, two in pairs), "never both at work"
 
 
 def _refuse() -> Callable[[Task], Outcome]:
