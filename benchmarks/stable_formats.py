@@ -28,7 +28,7 @@ from ranksearch import load_space
 from ranksearch.evaluation import Bench, Evaluator, threads
 from ranksearch.preparation import factorise, located, make_bench, read_network, settle, silent, versions
 from ranksearch.storage import Store
-from ranksearch.strategies.uniform import uniform_maps
+from ranksearch.strategies.uniform import Uniform
 from ranksearch.trial import Task
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
@@ -83,7 +83,7 @@ def run(job: Job, steps: int, storage: str) -> dict[str, Any]:
     with threads(1):
         bench = bench_of(form, stabiliser, job.learning_rate, steps, storage)
         table = bench.table
-        within = [m for m in uniform_maps(table) if table.macs_ratio(m) <= job.target]
+        within = [m for m in Uniform().maps(table) if table.macs_ratio(m) <= job.target]
         task = Task(number=0, choices=max(within, key=table.macs), seed=job.seed, keep=True)
         untrained = bench.space.evaluation.model_copy(
             update={"fine_tune": bench.space.evaluation.fine_tune.model_copy(update={"steps": 0})}
