@@ -144,6 +144,9 @@ class BudgetSpec(Section):
     """How many proposals to try; retries after an interruption are not counted."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall time after which no new trial starts."""
+    targets: list[Ratio] = []
+    """Shares of the dense network's MACs that matter most: strategies that can aim try these first, each with their
+    dearest rank map within it."""
     max_macs_ratio: Ratio | None = None
     """Trials with more MACs than this share of the dense network's are infeasible."""
     max_drop: Annotated[float, Field(ge=0)] | None = None

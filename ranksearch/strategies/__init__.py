@@ -33,7 +33,7 @@ from ranksearch.strategies.water_filling import WaterFilling
 from ranksearch.table import MEASURED, PREDICTED, PriceTable
 from ranksearch.trial import Proposal, Signal, Trial
 
-__all__ = ["READ_PRICES", "READ_SPECTRA", "STRATEGIES", "USER", "Strategy", "build_strategy"]
+__all__ = ["READ_PRICES", "READ_SPECTRA", "STRATEGIES", "USER", "Strategy", "Terms", "build_strategy"]
 
 USER = "user"
 """Origin of the proposals that are the user's own rank maps."""
@@ -54,16 +54,28 @@ class Strategy(Protocol):
 
 Built = TypeVar("Built")
 
-Maker = Callable[[StrategySpec, int, tuple[str, ...]], Strategy]
-"""Makes a strategy from the space's section, the seed and the objectives; raises SpaceError."""
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a space asks of any strategy."""
+
+    seed: int
+    objectives: tuple[str, ...]
+    """Names of the trials' values, in their order."""
+    targets: tuple[float, ...] = ()
+    """Shares of the dense network's MACs that matter most."""
+
+
+Maker = Callable[[StrategySpec, Terms], Strategy]
+"""Makes a strategy from the space's section and its terms; raises SpaceError."""
 
 
 def _ladder(kind: type[Rule]) -> Maker:
     """The maker of a rule's ladder."""
-    return lambda spec, seed, objectives: Ladder(rule=_built(kind, spec, objectives))
+    return lambda spec, terms: Ladder(rule=_built(kind, spec, terms), targets=terms.targets)
 
 
-def _built(kind: type[Built], spec: StrategySpec, objectives: tuple[str, ...], **given: Any) -> Built:
+def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) -> Built:
     """``kind`` with the spec's options for its fields, but for those ``given``.
 
     A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs.
@@ -76,7 +88,7 @@ def _built(kind: type[Built], spec: StrategySpec, objectives: tuple[str, ...], *
     if "price" in fields:
         problems += _unknown_price(spec)
         given["price"] = spec.price
-    if "cost" in taken and "params" in objectives and "macs" not in objectives:
+    if "cost" in taken and "params" in terms.objectives and "macs" not in terms.objectives:
         given["cost"] = "params"
     if not problems:
         try:
@@ -87,19 +99,19 @@ def _built(kind: type[Built], spec: StrategySpec, objectives: tuple[str, ...], *
     raise SpaceError("space", problems)
 
 
-def _alds(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    return _built(Alds, spec, objectives, seed=seed)
+def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
+    return _built(Alds, spec, terms, seed=terms.seed, targets=terms.targets)
 
 
-def _greedy_multi_step(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    return _built(GreedyMultiStep, spec, objectives, batch=spec.batch)
+def _greedy_multi_step(spec: StrategySpec, terms: Terms) -> Strategy:
+    return _built(GreedyMultiStep, spec, terms, batch=spec.batch)
 
 
-def _random(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    return _built(Random, spec, objectives, seed=seed)
+def _random(spec: StrategySpec, terms: Terms) -> Strategy:
+    return _built(Random, spec, terms, seed=terms.seed)
 
 
-def _optuna(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+def _optuna(spec: StrategySpec, terms: Terms) -> Strategy:
     # Optuna is imported only by searches that use it.
     from ranksearch.strategies.optuna import Optuna
     from ranksearch.strategies.samplers import DEFAULTS, check_options, find_sampler
@@ -110,7 +122,7 @@ def _optuna(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strat
     if problems := check_options(sampler, spec.options):
         raise SpaceError("space", problems)
     options = DEFAULTS.get(spec.sampler, {}) | spec.options
-    return Optuna(sampler=sampler, options=options, seed=seed, objectives=objectives)
+    return Optuna(sampler=sampler, options=options, seed=terms.seed, objectives=terms.objectives)
 
 
 STRATEGIES: dict[str, Maker] = {
@@ -161,15 +173,12 @@ class _Seeded:
         return self.main.propose(table, trials)
 
 
-def build_strategy(
-    spec: StrategySpec, *, seed: int, objectives: tuple[str, ...], seed_choices: Sequence[tuple[int, ...]] = ()
-) -> Strategy:
+def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[tuple[int, ...]] = ()) -> Strategy:
     """The strategy of a space file: it never proposes the same rank map twice.
 
     Args:
         spec: the space's ``strategy`` section.
-        seed: the search's seed.
-        objectives: names of the trials' values, in their order.
+        terms: what the rest of the space asks of it.
         seed_choices: the user's own rank maps as indices of the table's candidates; they are tried first.
 
     Raises:
@@ -180,7 +189,7 @@ def build_strategy(
     plain = spec.model_copy(update={"options": {}})
     try:
         # An unknown strategy may have been meant to be Optuna's: its sampler is checked too, to tell all at once.
-        main = STRATEGIES[spec.name](spec, seed, objectives) if spec.name in STRATEGIES else _optuna(plain, seed, ())
+        main = STRATEGIES[spec.name](spec, terms) if spec.name in STRATEGIES else _optuna(plain, terms)
     except SpaceError as error:
         problems += error.problems
     if problems:
@@ -188,7 +197,7 @@ def build_strategy(
     names = [name for name in dict.fromkeys(spec.seeds) if spec.name in _SEEDED and name != spec.name]
     return _Seeded(
         user=tuple(dict.fromkeys(tuple(choices) for choices in seed_choices)),
-        seeds=tuple((name, STRATEGIES[name](plain, seed, objectives)) for name in names),
+        seeds=tuple((name, STRATEGIES[name](plain, terms)) for name in names),
         seed_points=spec.seed_points,
         main=main,
     )
