@@ -183,7 +183,13 @@ def _all_threads() -> int:
 
 
 def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
-    terms = Terms(seed=space.seed, objectives=tuple(space.objectives), targets=tuple(space.budget.targets))
+    budget = space.budget
+    terms = Terms(
+        seed=space.seed,
+        objectives=tuple(space.objectives),
+        targets=tuple(budget.targets),
+        max_macs_ratio=budget.max_macs_ratio or 1.0,
+    )
     return build_strategy(space.strategy, terms, seed_choices=choices)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
 from ranksearch.strategies.alds import Alds
+from ranksearch.strategies.auto import Auto
 from ranksearch.strategies.energy import Energy
 from ranksearch.strategies.eps import Eps
 from ranksearch.strategies.evbmf import Evbmf
@@ -64,6 +65,8 @@ class Terms:
     """Names of the trials' values, in their order."""
     targets: tuple[float, ...] = ()
     """Shares of the dense network's MACs that matter most."""
+    max_macs_ratio: float = 1.0
+    """Rank maps with a larger share of the MACs are of no use."""
 
 
 Maker = Callable[[StrategySpec, Terms], Strategy]
@@ -72,7 +75,9 @@ Maker = Callable[[StrategySpec, Terms], Strategy]
 
 def _ladder(kind: type[Rule]) -> Maker:
     """The maker of a rule's ladder."""
-    return lambda spec, terms: Ladder(rule=_built(kind, spec, terms), targets=terms.targets)
+    return lambda spec, terms: Ladder(
+        rule=_built(kind, spec, terms), targets=terms.targets, max_macs_ratio=terms.max_macs_ratio
+    )
 
 
 def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) -> Built:
@@ -103,6 +108,11 @@ def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
     return _built(Alds, spec, terms, seed=terms.seed, targets=terms.targets)
 
 
+def _auto(spec: StrategySpec, terms: Terms) -> Strategy:
+    given = {name: getattr(terms, name) for name in ("seed", "objectives", "targets", "max_macs_ratio")}
+    return _built(Auto, spec, terms, **given)
+
+
 def _greedy_multi_step(spec: StrategySpec, terms: Terms) -> Strategy:
     return _built(GreedyMultiStep, spec, terms, batch=spec.batch)
 
@@ -126,6 +136,7 @@ def _optuna(spec: StrategySpec, terms: Terms) -> Strategy:
 
 
 STRATEGIES: dict[str, Maker] = {
+    "auto": _auto,
     "uniform": _ladder(Uniform),
     "energy": _ladder(Energy),
     "water-filling": _ladder(WaterFilling),
@@ -141,7 +152,7 @@ STRATEGIES: dict[str, Maker] = {
 }
 """The strategies by their names in a space file."""
 
-READ_PRICES = frozenset({"knapsack", "greedy", "lc", "eps"})
+READ_PRICES = frozenset({"auto", "knapsack", "greedy", "lc", "eps"})
 """Strategies that reckon with the price that the space names."""
 
 READ_SPECTRA = frozenset({"water-filling", "evbmf", "alds"})

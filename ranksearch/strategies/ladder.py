@@ -10,7 +10,7 @@ proposed. Shares of the MACs that the space names as targets come before these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -45,22 +45,25 @@ class Ladder:
     rule: Rule
     targets: tuple[float, ...] = ()
     """Shares of the dense network's MACs."""
+    max_macs_ratio: float = 1.0
+    """No rank map with more MACs than this share is tried."""
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
-        known = tried(trials)
-        untried = [rung for rung in _rungs(self.rule, table) if rung[1] not in known]
-        if not untried:
-            return DONE
         name = self.rule.name
-        made = proposals_made(trials, name)
+        choices = self.rung(table, tried(trials), proposals_made(trials, name))
+        return DONE if choices is None else Proposal(choices=choices, origin=name)
+
+    def rung(self, table: PriceTable, known: Collection[Choices], made: int) -> Choices | None:
+        """The rank map after ``made`` others that is not ``known``; None where there is none within the limit."""
+        most = self.max_macs_ratio * table.dense_macs
+        untried = [rung for rung in _rungs(self.rule, table) if rung[1] not in known and rung[0] <= most]
         if made < len(self.targets):
             limit = self.targets[made] * table.dense_macs
-            chosen = min(untried, key=lambda rung: (rung[0] > limit, abs(rung[0] - limit)))
-        else:
-            target = target_macs(table, made - len(self.targets) + 1)
-            chosen = min(untried, key=lambda rung: abs(rung[0] - target))
-        return Proposal(choices=chosen[1], origin=name)
+            return min(untried, key=lambda rung: (rung[0] > limit, abs(rung[0] - limit)), default=(0, None))[1]
+        share = van_der_corput(made - len(self.targets) + 1)
+        target = table.least_macs + share * (min(most, table.macs(table.dense)) - table.least_macs)
+        return min(untried, key=lambda rung: abs(rung[0] - target), default=(0, None))[1]
 
 
 @lru_cache(maxsize=16)
@@ -84,11 +87,6 @@ def sweep(start: Choices, steps: Sequence[Iterable[tuple[float, int]]]) -> tuple
             current[layer] = choice
         found[tuple(current)] = None
     return tuple(found)
-
-
-def target_macs(table: PriceTable, k: int) -> float:
-    """MACs that the ``k``-th rung (from 1) aims at, between the cheapest and the dense network."""
-    return table.least_macs + van_der_corput(k) * (table.macs(table.dense) - table.least_macs)
 
 
 def van_der_corput(k: int) -> float:

@@ -17,6 +17,7 @@ from tests.tables import measured_table, price_table, table_outcome
 OBJECTIVES = ("accuracy", "macs")
 
 CASES: dict[str, list[StrategySpec]] = {
+    "auto": [StrategySpec(name="auto"), StrategySpec(name="auto", price="loss", options={"first": 1})],
     "uniform": [StrategySpec(name="uniform")],
     "energy": [StrategySpec(name="energy")],
     "water-filling": [StrategySpec(name="water-filling")],

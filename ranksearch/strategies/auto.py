@@ -1,0 +1,265 @@
+"""The knapsack front under prices that are learned from the trials.
+
+Ours. A price says what replacing one layer alone is predicted to lose. Of a whole rank map m, the negative logarithm of
+the accuracy (or, where that is the objective, the loss) is modelled as
+
+    z(m) = b + sum over layers l of w(l, format) price(l, m_l),   w(l, f) = s + a_l + c_f,
+
+a Bayesian linear regression on the trials so far: s is what the prices are worth, a_l what layer l differs by (how much
+the network minds its error), c_f what the format differs by (errors compare ranks better than formats). The worse a
+trial the less it matters by how much, so its noise grows with z. For every proposal one set of weights is
+drawn from the posterior (W. R. Thompson, "On the likelihood that one unknown probability exceeds another in view of
+the evidence of two samples", 1933), the exact knapsack front of the prices so weighted is worked out, and of its rank
+maps the one is tried that would add most hypervolume to the front measured so far, as E. Bradford, A. M. Schweidtmann,
+A. Lapkin do with Gaussian processes ("Efficient multiobjective optimization employing Gaussian processes, spectral
+sampling and a genetic algorithm", 2018). Running trials count with the loss that the model expects of them.
+
+The first proposals are those of ``knapsack``: the targets, then spread over the MACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isfinite, log
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranksearch.front import non_dominated
+from ranksearch.strategies.history import proposals_made, tried
+from ranksearch.strategies.hull import Cost, check_cost, layer_costs, layer_losses
+from ranksearch.strategies.knapsack import Knapsack, predicted_front
+from ranksearch.strategies.ladder import Choices, Ladder
+from ranksearch.strategies.random import step_to_new
+from ranksearch.table import PREDICTED, PriceTable
+from ranksearch.trial import DONE, Proposal, Signal, Trial
+
+NAME: Final = "auto"
+HISTORY: Final = 500
+"""Trials that are learned from at most, the newest."""
+ATTEMPTS: Final = 8
+"""Draws of weights until one's front has a rank map that was not tried."""
+LAYER_SPREAD: Final = 1.0
+FORMAT_SPREAD: Final = 0.5
+"""Standard deviations of a_l and c_f before any trial, as multiples of s."""
+BOLDNESS: Final = 0.3
+"""What is drawn from the posterior lies as much nearer to its mean: with a few dozen trials for some twenty weights,
+draws from all of it mostly try what is worse than what is known."""
+LEAST_ACCURACY: Final = 1e-3
+NOISE: Final = 0.1
+"""Standard deviation of a loss, as a share of what it is above the least one."""
+LEAST_NOISE: Final = 0.01
+"""The same as a share of the largest loss, at least."""
+LEAST_WEIGHT: Final = 0.05
+"""Smallest weight, as a multiple of s: no error is for nothing."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """Rank maps of knapsack fronts under learned prices; DONE when every rank map was tried."""
+
+    seed: int
+    objectives: tuple[str, ...]
+    targets: tuple[float, ...] = ()
+    max_macs_ratio: float = 1.0
+    price: str = PREDICTED
+    cost: Cost = "macs"
+    """What the front is against: ``macs`` or ``params``."""
+    first: int = 12
+    """Proposals before the prices are learned."""
+
+    def __post_init__(self) -> None:
+        check_cost(self.cost)
+
+    def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
+        """The next rank map, or DONE."""
+        known = tried(trials)
+        if len(known) >= table.size:
+            return DONE
+        made = proposals_made(trials, NAME)
+        rule = Knapsack(price=self.price, cost=self.cost)
+        ladder = Ladder(rule=rule, targets=self.targets, max_macs_ratio=self.max_macs_ratio)
+        if made < max(self.first, len(self.targets)):
+            choices = ladder.rung(table, known, made)
+            if choices is not None:
+                return Proposal(choices=choices, origin=NAME)
+        index = proposals_made(trials)
+        model = _Model(self, table, trials)
+        for attempt in range(ATTEMPTS):
+            rng = np.random.default_rng([self.seed, index, attempt])
+            choices = model.best(model.draw(rng), known)
+            if choices is not None:
+                return Proposal(choices=choices, origin=NAME)
+        rng = np.random.default_rng([self.seed, index, ATTEMPTS])
+        return Proposal(choices=step_to_new(table, model.incumbent(rng), known, rng), origin=NAME)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prices:
+    """The table as arrays: one column a candidate, layer after layer."""
+
+    losses: list[list[float]]
+    costs: list[list[int]]
+    formats: tuple[str, ...]
+    form: list[list[int]]
+    """Index of each candidate's format; -1 for dense."""
+
+
+@lru_cache(maxsize=4)
+def _prices(table: PriceTable, price: str, cost: Cost) -> _Prices:
+    formats = tuple(sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense}))
+    return _Prices(
+        losses=layer_losses(table, price),
+        costs=layer_costs(table, cost),
+        formats=formats,
+        form=[[-1 if c.dense else formats.index(c.format) for c in layer.candidates] for layer in table.layers],
+    )
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """How a trial's quality becomes a number that adds up over layers, and back to what the front is made of."""
+
+    accuracy: bool
+    """Whether the objective is the accuracy; else it is the loss."""
+
+    def of(self, trial: Trial) -> float | None:
+        """Of a complete trial: the negative logarithm of its accuracy, or its loss. Less is better."""
+        if trial.outcome is None:
+            return None
+        return -log(max(trial.outcome.accuracy_search, LEAST_ACCURACY)) if self.accuracy else trial.outcome.loss
+
+    def shown(self, z: Floats) -> Floats:
+        """The share of wrong answers, or the loss."""
+        found: Floats = -np.expm1(-z) if self.accuracy else z
+        return found
+
+    def worst(self, z: Floats) -> float:
+        """What every point of a front is better than."""
+        return 1.0 if self.accuracy else float(z.max(initial=0.0))
+
+
+class _Model:
+    """What the trials say of the prices."""
+
+    def __init__(self, rule: Auto, table: PriceTable, trials: Sequence[Trial]) -> None:
+        self.prices = _prices(table, rule.price, rule.cost)
+        self.quality = _Quality(accuracy="accuracy" in rule.objectives)
+        self.limit = table.dense_macs * rule.max_macs_ratio
+        self.table = table
+        self.layers = len(table.layers)
+        self.dense = float(table.macs(table.dense) if rule.cost == "macs" else table.params(table.dense))
+        self.other = float(table.other_macs if rule.cost == "macs" else table.other_params)
+        newest = sorted(trials, key=lambda trial: trial.index)[-HISTORY:]
+        seen = [(t.proposal.choices, self.quality.of(t), t.feasible) for t in newest]
+        scored = [(choices, loss) for choices, loss, _ in seen if loss is not None]
+        self.maps = [choices for choices, _ in scored]
+        self.losses = np.array([loss for _, loss in scored])
+        self.feasible = np.array([feasible for _, loss, feasible in seen if loss is not None], dtype=bool)
+        self.running = [t.proposal.choices for t in trials if t.state == "RUNNING"]
+        self._learn()
+
+    def allowed(self, choices: Choices) -> bool:
+        """Whether a rank map keeps the budget's limit on MACs."""
+        return self.table.macs(choices) <= self.limit
+
+    def features(self, choices: Sequence[int]) -> Floats:
+        """``(2 + L + F,)``: what b, s, every a_l and every c_f are multiplied with."""
+        found = np.zeros(2 + self.layers + len(self.prices.formats))
+        found[0] = 1.0
+        for layer, choice in enumerate(choices):
+            loss, form = self.prices.losses[layer][choice], self.prices.form[layer][choice]
+            found[1] += loss
+            found[2 + layer] = loss
+            if form >= 0:
+                found[2 + self.layers + form] += loss
+        return found
+
+    def _learn(self) -> None:
+        """Mean and a root of the covariance of the weights."""
+        size = 2 + self.layers + len(self.prices.formats)
+        self.mean, self.root = np.zeros(size), np.zeros((size, size))
+        self.scale = self.mean[1] = 1.0
+        if len(self.maps) < 2:
+            return
+        x = np.stack([self.features(choices) for choices in self.maps])
+        low, high = float(self.losses.min()), float(self.losses.max())
+        noise = NOISE * (self.losses - low) + LEAST_NOISE * max(high - low, 1e-9)
+        # What the prices are worth: the slope of a line through the trials, weighted by their noise.
+        centred = x[:, 1] - np.average(x[:, 1], weights=noise**-2)
+        slope = float((noise**-2 * centred * self.losses).sum() / max((noise**-2 * centred**2).sum(), 1e-300))
+        rise = (high - low) / max(float(np.ptp(x[:, 1])), 1e-12)
+        self.scale = slope if isfinite(slope) and slope > 0.01 * rise else rise or 1.0
+        spread = np.full(size, LAYER_SPREAD * self.scale)
+        spread[0], spread[1] = max(high - low, 1e-9), self.scale
+        spread[2 + self.layers :] = FORMAT_SPREAD * self.scale
+        prior = np.zeros(size)
+        prior[0], prior[1] = low, self.scale
+        scaled = x * spread / noise[:, None]
+        half = np.linalg.inv(np.linalg.cholesky(np.eye(size) + scaled.T @ scaled)).T
+        self.mean = prior + spread * (half @ (half.T @ (scaled.T @ ((self.losses - x @ prior) / noise))))
+        self.root = spread[:, None] * half
+
+    def draw(self, rng: np.random.Generator) -> Floats:
+        """Weights drawn from the posterior, nearer to its mean than it says."""
+        return self.mean + BOLDNESS * (self.root @ rng.standard_normal(len(self.mean)))
+
+    def weighted(self, weights: Floats) -> list[list[float]]:
+        """The loss that each candidate of each layer adds under these weights."""
+        shares = np.append(weights[2 + self.layers :], 0.0)  # dense is of no format
+        found = []
+        for layer, (losses, form) in enumerate(zip(self.prices.losses, self.prices.form, strict=True)):
+            each = np.maximum(weights[1] + weights[2 + layer] + shares[form], LEAST_WEIGHT * self.scale)
+            found.append((each * losses).tolist())
+        return found
+
+    def best(self, weights: Floats, known: set[Choices]) -> Choices | None:
+        """Of the front under these weights, the new rank map that adds most hypervolume; None where all are known."""
+        added = self.weighted(weights)
+        found = [c for c in predicted_front(self.prices.costs, added) if c not in known and self.allowed(c)]
+        if not found:
+            return None
+        points = np.array([self._point(choices, added, weights[0]) for choices in found])
+        measured = [(self._cost(self.maps[i]), self.losses[i]) for i in np.flatnonzero(self.feasible)]
+        measured += [self._point(choices, added, weights[0]) for choices in self.running]
+        front = np.array([measured[i] for i in non_dominated(measured)]).reshape(-1, 2)
+        reference = np.array([1.0, self.quality.worst(self.losses)])
+        points[:, 1], front[:, 1] = self.quality.shown(points[:, 1]), self.quality.shown(front[:, 1])
+        return found[int(np.argmax(gains(points, front, reference)))]
+
+    def incumbent(self, rng: np.random.Generator) -> Choices:
+        """One of the measured front's rank maps, or dense."""
+        if not self.feasible.any():
+            return tuple(len(costs) - 1 for costs in self.prices.costs)
+        at = np.flatnonzero(self.feasible)
+        points = [(self._cost(self.maps[i]), float(self.losses[i])) for i in at]
+        members = non_dominated(points)
+        return self.maps[int(at[members[rng.integers(len(members))]])]
+
+    def _cost(self, choices: Sequence[int]) -> float:
+        spent = sum(costs[choice] for costs, choice in zip(self.prices.costs, choices, strict=True))
+        return (self.other + spent) / self.dense
+
+    def _point(self, choices: Sequence[int], added: list[list[float]], base: float) -> tuple[float, float]:
+        loss = base + sum(losses[choice] for losses, choice in zip(added, choices, strict=True))
+        return self._cost(choices), loss
+
+
+def gains(points: Floats, front: Floats, reference: Floats) -> Floats:
+    """The area that each of the points ``(N, 2)`` would add to that dominated by a front ``(M, 2)``, both minimised.
+
+    The front is sorted by its first coordinate, no point of it dominating another.
+    """
+    inside = front[(front < reference).all(axis=1)]
+    lefts = np.concatenate([[-np.inf], inside[:, 0]])
+    rights = np.append(inside[:, 0], reference[0])
+    heights = np.concatenate([[reference[1]], inside[:, 1]])
+    # Between two neighbours of the front everything above the left one's height is dominated already.
+    widths = np.clip(rights - np.maximum(lefts, points[:, :1]), 0.0, None)
+    found: Floats = (widths * np.clip(heights - points[:, 1:], 0.0, None)).sum(axis=1)
+    return found
