@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -188,7 +189,7 @@ def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
         seed=space.seed,
         objectives=tuple(space.objectives),
         targets=tuple(budget.targets),
-        max_macs_ratio=budget.max_macs_ratio or 1.0,
+        max_macs_ratio=budget.max_macs_ratio or inf,
     )
     return build_strategy(space.strategy, terms, seed_choices=choices)
 

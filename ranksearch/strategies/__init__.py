@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
+from math import inf
 from typing import Any, Protocol, TypeVar
 
 from ranksearch.errors import Problem, SpaceError
@@ -65,7 +66,7 @@ class Terms:
     """Names of the trials' values, in their order."""
     targets: tuple[float, ...] = ()
     """Shares of the dense network's MACs that matter most."""
-    max_macs_ratio: float = 1.0
+    max_macs_ratio: float = inf
     """Rank maps with a larger share of the MACs are of no use."""
 
 

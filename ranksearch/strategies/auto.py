@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite, log
+from math import inf, isfinite, log
 from typing import Final
 
 import numpy as np
@@ -66,7 +66,7 @@ class Auto:
     seed: int
     objectives: tuple[str, ...]
     targets: tuple[float, ...] = ()
-    max_macs_ratio: float = 1.0
+    max_macs_ratio: float = inf
     price: str = PREDICTED
     cost: Cost = "macs"
     """What the front is against: ``macs`` or ``params``."""

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from math import inf
 from typing import Protocol
 
 from ranksearch.strategies.history import proposals_made, tried
@@ -45,7 +46,7 @@ class Ladder:
     rule: Rule
     targets: tuple[float, ...] = ()
     """Shares of the dense network's MACs."""
-    max_macs_ratio: float = 1.0
+    max_macs_ratio: float = inf
     """No rank map with more MACs than this share is tried."""
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
