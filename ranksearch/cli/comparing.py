@@ -45,6 +45,8 @@ def compare(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write the table, and FILE-curves.csv: hypervolumes.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an interactive page.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture.")] = None,
     as_json: AsJson = False,
     storage: Storage = None,
     quiet: Quiet = False,
@@ -52,7 +54,7 @@ def compare(
     """Compare strategies under one space, with the same budget of trials each; run again, it continues."""
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     shares, files = _shares(targets), dict(_maps(one) for one in maps or ())
-    for file in (csv,):
+    for file in (csv, html, png):
         if file is not None and not file.resolve().parent.is_dir():
             raise typer.BadParameter(f"{file} must be in a folder that exists")
     with _going_on(context, quiet) as reporter:
@@ -72,7 +74,7 @@ def compare(
             watch=reporter.watch,
             began=reporter.began,
         )
-    written = _written(found, csv)
+    written = _written(found, csv, html, png)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
     else:
@@ -95,7 +97,7 @@ def _show(found: Comparison, written: list[Path]) -> None:
         say(f"Written: {', '.join(map(str, written))}")
 
 
-def _written(found: Comparison, csv: Path | None) -> list[Path]:
+def _written(found: Comparison, csv: Path | None, html: Path | None, png: Path | None) -> list[Path]:
     """Write the files asked for; returns them."""
     written = []
     if csv is not None:
@@ -103,6 +105,16 @@ def _written(found: Comparison, csv: Path | None) -> list[Path]:
         found.frame().to_csv(csv, index=False)
         found.curves().to_csv(curves, index=False)
         written += [csv, curves]
+    if html is not None:
+        from ranksearch.comparison.pictures import comparison_html
+
+        html.write_text(comparison_html(found), encoding="utf-8")
+        written.append(html)
+    if png is not None:
+        from ranksearch.comparison.pictures import comparison_png
+
+        png.write_bytes(comparison_png(found))
+        written.append(png)
     return written
 
 

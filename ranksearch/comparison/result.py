@@ -6,6 +6,7 @@ images, 0 to 1, unless they are called search accuracies.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan, nan
@@ -141,6 +142,18 @@ class Comparison:
         reasons = (self.failures.get(strategy), *(run.reason for run in runs))
         return row | {"reason": next((reason for reason in reasons if reason), None)}
 
+    def metrics(self) -> dict[str, float]:
+        """The summary as single figures, such as ``accuracy/knapsack/0.50/after``; those that are missing are left out."""
+        found: dict[str, float] = {}
+        for row in self.summary().to_dict("records"):
+            slug = slug_of(row["strategy"])
+            found |= {f"{name}/{slug}": row[name] for name in ("hypervolume", "minutes", "done", "failed")}
+            for target in self.targets:
+                place = f"{slug}/{target:.2f}" if round(target, 2) == target else f"{slug}/{target:g}"
+                found[f"macs_ratio/{place}"] = row[f"macs_ratio_{target:g}"]
+                found |= {f"accuracy/{place}/{when}": row[f"{when}_{target:g}"] for when in ("before", "after")}
+        return {name: float(value) for name, value in found.items() if not isnan(value)}
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types: the summary, and every search with its cells and its curve."""
         summary = [{str(key): _plain(value) for key, value in row.items()} for row in self.summary().to_dict("records")]
@@ -153,6 +166,11 @@ class Comparison:
             "runs": [asdict(run) for run in self.runs],
             "failures": dict(self.failures),
         }
+
+
+def slug_of(label: str) -> str:
+    """A row's name as a part of other names: ``optuna:tpe`` is ``optuna-tpe``."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label)
 
 
 def run_of(strategy: str, seed: int, study: Study, targets: Sequence[float], after: Mapping[Choice, float]) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
@@ -13,7 +14,7 @@ from ranksearch.comparison.result import Choice, Comparison, Run, choice_of, cho
 from ranksearch.comparison.variants import TRAINED, Variant, check_same, given_maps, variants_of
 from ranksearch.driver import Watch
 from ranksearch.engine.resources import check
-from ranksearch.errors import PriceError, Problem, RankMapError, SpaceError
+from ranksearch.errors import PriceError, Problem, RankMapError, SpaceError, TrackingError
 from ranksearch.export import rank_map_of
 from ranksearch.launch import ended, read_space, resume, search
 from ranksearch.preparation import Notify, located, silent
@@ -21,6 +22,8 @@ from ranksearch.rankmap import RankMap
 from ranksearch.space import Space
 from ranksearch.storage import Store
 from ranksearch.study import Study
+
+_logger = logging.getLogger("ranksearch")
 
 Began = Callable[[str, int, int], None]
 """Told the name of a study before it is searched, which one it is (from 1), and of how many."""
@@ -82,7 +85,7 @@ def compare(
     runs = [run for seed in numbers for run in work.seed(seed)]
     if not runs:
         raise next(iter(work.failures.values()))
-    return Comparison(
+    found = Comparison(
         name=name,
         strategies=tuple(variant.label for variant in work.variants),
         seeds=numbers,
@@ -91,6 +94,31 @@ def compare(
         runs=tuple(runs),
         failures={label: " ".join(str(error).split()) for label, error in work.failures.items()},
     )
+    if space.tracking.enabled:
+        _record(found, space, store, work.uids)
+    return found
+
+
+def _record(found: Comparison, space: Space, store: Store, uids: Sequence[str]) -> None:
+    """Write the result into MLflow; where that fails the result is not lost, and a later call writes it."""
+    from ranksearch.comparison.pictures import comparison_html, comparison_png
+    from ranksearch.tracking import record_comparison
+
+    documents: dict[str, str | bytes] = {
+        "comparison.csv": found.frame().to_csv(index=False),
+        "curves.csv": found.curves().to_csv(index=False),
+        "comparison.json": json.dumps(found.to_json(), indent=2, allow_nan=False),
+        "comparison.html": comparison_html(found),
+        "comparison.png": comparison_png(found),
+    }
+    tags = {"model": space.model.name, "strategies": ", ".join(found.strategies)}
+    try:
+        record_comparison(
+            space.tracking, store.folder, name=found.name, studies=uids, metrics=found.metrics(), tags=tags,
+            documents=documents,
+        )  # fmt: skip
+    except TrackingError as error:
+        _logger.warning("MLflow lacks the comparison %s: %s Compare again to add it.", found.name, error)
 
 
 def _check_numbers(seeds: Sequence[int], targets: Sequence[float], steps: int) -> None:
@@ -110,7 +138,7 @@ def _check_numbers(seeds: Sequence[int], targets: Sequence[float], steps: int) -
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Work:
-    """The searches of a comparison; ``failures`` fills as they run."""
+    """The searches of a comparison; ``failures`` and ``uids`` fill as they run."""
 
     store: Store
     name: str
@@ -126,6 +154,8 @@ class _Work:
     began: Began | None
     failures: dict[str, SpaceError | PriceError] = field(default_factory=dict)
     """Variant to the error with which it could not search."""
+    uids: list[str] = field(default_factory=list)
+    """Of the studies that searched."""
 
     def check(self) -> None:
         """Check the names of all studies, and that those that exist are of this space, before anything is run."""
@@ -151,6 +181,7 @@ class _Work:
                     studies[variant.label] = self._searched(self._study_name(variant.slug, seed), wanted, place + i)
                 except (SpaceError, PriceError) as error:
                     self.failures[variant.label] = error
+        self.uids.extend(study.uid for study in studies.values())
         after = self._train(list(studies.values()), seed, place + len(self.variants)) if self.steps else {}
         return [run_of(label, seed, study, self.targets, after) for label, study in studies.items()]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ranksearch.comparison.result import slug_of
 from ranksearch.errors import Problem, SpaceError, StudyError
 from ranksearch.launch import read_space
 from ranksearch.rankmap import RankMap
@@ -36,7 +36,7 @@ class Variant:
     @property
     def slug(self) -> str:
         """The label as a part of names."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.label)
+        return slug_of(self.label)
 
     def space(self, space: Space, seed: int, targets: Sequence[float]) -> Space:
         """The space of this variant's search."""
