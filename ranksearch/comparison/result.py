@@ -143,7 +143,7 @@ class Comparison:
         return row | {"reason": next((reason for reason in reasons if reason), None)}
 
     def metrics(self) -> dict[str, float]:
-        """The summary as single figures, such as ``accuracy/knapsack/0.50/after``; those that are missing are left out."""
+        """The summary as single figures, such as ``accuracy/knapsack/0.50/after``; missing ones are left out."""
         found: dict[str, float] = {}
         for row in self.summary().to_dict("records"):
             slug = slug_of(row["strategy"])
