@@ -71,6 +71,9 @@ def variants_of(space: Space, strategies: Sequence[str], maps: Mapping[str, Sequ
         else:
             problems += _unknown(space, variant, f"strategies[{i}]")
     for label, files in maps.items():
+        if not files:
+            rule, remedy = "a row of rank maps must have a file", "Give one, or leave the row out."
+            problems.append(Problem(address=f"maps.{label}", rule=rule, value="none", remedy=remedy))
         problems += _strange_formats(space, label, files)
         spec = given_maps(space.strategy, files)
         found.append(Variant(label=label, spec=spec, trials=len(files)))
@@ -112,15 +115,12 @@ def _bare(spec: StrategySpec) -> StrategySpec:
 
 
 def _unknown(space: Space, variant: Variant, address: str) -> list[Problem]:
-    """What is wrong with a strategy's or a sampler's name."""
+    """What is wrong with the names of a strategy, its sampler or its price; what else is, its own search tells."""
     try:
         read_space(variant.space(space, space.seed, ()))
     except SpaceError as error:
-        names = {"$.strategy.name": address, "$.strategy.sampler": f"{address} (sampler)"}
-        return [
-            replace(problem, address=names.get(problem.address, f"{address}: {problem.address}"))
-            for problem in error.problems
-        ]
+        names = {"$.strategy.name": address, "$.strategy.sampler": address, "$.strategy.price": "$.strategy.price"}
+        return [replace(p, address=names[p.address]) for p in error.problems if p.address in names]
     return []
 
 
