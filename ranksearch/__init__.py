@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ranksearch.comparison import Comparison, compare
     from ranksearch.config import load_space, parse_space
     from ranksearch.errors import RanksearchError
     from ranksearch.launch import inspect, open_study, resume, search
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from ranksearch.study import Study
 
 __all__ = [
+    "Comparison",
     "RankMap",
     "RanksearchError",
     "Space",
     "Study",
+    "compare",
     "inspect",
     "load_space",
     "open_study",
@@ -33,10 +36,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparison": "comparison",
     "RankMap": "rankmap",
     "RanksearchError": "errors",
     "Space": "space",
     "Study": "study",
+    "compare": "comparison",
     "inspect": "launch",
     "load_space": "config",
     "open_study": "launch",

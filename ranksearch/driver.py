@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,12 @@ def finished(study: Study) -> bool:
     """Whether the budget's proposals are all made, and none is to be tried once more."""
     latest = {trial.index: trial for trial in study.trials()}
     return len(latest) >= study.space.budget.trials and not any(trial.retry for trial in latest.values())
+
+
+def history(latest: Mapping[int, Trial]) -> list[Trial]:
+    """What a strategy sees of every proposal's last try: the trials of a search that was never interrupted."""
+    ordered = (latest[index] for index in range(len(latest)))
+    return [t if t.number == t.index else replace(t, number=t.index, attempt=0) for t in ordered]
 
 
 class Driver:
@@ -123,16 +129,11 @@ class Driver:
             complete = bool(tasks) and self._space.deterministic and index % self._space.strategy.batch == 0
             if index >= self._space.budget.trials or complete:
                 break
-            proposal = self._strategy.propose(self._study.setting.table, self._history())
+            proposal = self._strategy.propose(self._study.setting.table, history(self._latest))
             if isinstance(proposal, Signal):
                 break
             tasks.append(self._begin(proposal, index, 0))
         return tasks
-
-    def _history(self) -> list[Trial]:
-        """What the strategy sees: the trials of a search that was never interrupted."""
-        ordered = (self._latest[index] for index in range(len(self._latest)))
-        return [t if t.number == t.index else replace(t, number=t.index, attempt=0) for t in ordered]
 
     def _begin(self, proposal: Proposal, index: int, attempt: int) -> Task:
         trial = self._study.begin(proposal, index=index, attempt=attempt)

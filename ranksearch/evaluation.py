@@ -3,7 +3,7 @@
 ``Bench`` holds everything that the evaluation of any proposal needs, as NumPy arrays, so that one copy in shared memory
 serves all workers; calling it makes a warm ``Evaluator``. Images: factors, regression, recalibration and fine-tuning
 see training images only, the score that a search sees is that of the search-validation images, and the report images
-are scored only for trials that may be on the front.
+are scored only for trials that may be on the front, unless the space asks for all.
 """
 
 from __future__ import annotations
@@ -171,8 +171,10 @@ class Evaluator:
                 seconds=0.0,
             )
             report, weights = None, None
-            if task.keep or self._may_be_on_front(outcome, task):
+            kept = task.keep or self._may_be_on_front(outcome, task)
+            if kept or self.spec.report == "all":
                 report = self._score(built.model, self.data.report)
+            if kept:
                 weights = f"trial-{task.number:05d}.safetensors"
                 store(built.model.state_dict(), self.bench.weights_folder / weights)
         return replace(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ranksearch.config import load_space
-from ranksearch.driver import Driver, Watch, finished, task_of
+from ranksearch.driver import Driver, Watch, finished, history, task_of
 from ranksearch.engine import build_engine
 from ranksearch.engine.resources import check
 from ranksearch.errors import Problem, SpaceError, StudyError
@@ -25,7 +25,7 @@ from ranksearch.storage import Store
 from ranksearch.strategies import Strategy, Terms, build_strategy
 from ranksearch.study import Setting, Study
 from ranksearch.table import PriceTable
-from ranksearch.trial import Outcome, Trial
+from ranksearch.trial import DONE, Outcome, Trial
 
 if TYPE_CHECKING:
     from ranksearch.tracking import Tracker
@@ -131,6 +131,21 @@ def resume(
         with _tracking(study.space, store.folder) as tracker:
             _run(study, bench, choices, tracker, notify, watch)
     return study
+
+
+def ended(study: Study, trials: int) -> bool:
+    """Whether ``resume`` with so many trials would try nothing: all are made, or the strategy has no further proposal.
+
+    Raises:
+        RanksearchError: the strategy cannot run on this study.
+    """
+    latest = {trial.index: trial for trial in study.trials()}
+    if any(trial.state == "RUNNING" or trial.retry for trial in latest.values()):
+        return False
+    if len(latest) >= trials:
+        return True
+    strategy = _strategy(study.space, seed_choices(study.setting))
+    return strategy.propose(study.setting.table, history(latest)) is DONE
 
 
 def open_study(name: str, *, storage: str | Path | None = None) -> Study:

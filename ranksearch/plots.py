@@ -161,11 +161,10 @@ def errors_png(found: Decomposition, path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    markers = dict(zip(_SYMBOLS, "osD^vP*Xp", strict=True))
     for name, (colour, symbol) in _styles(found).items():
         rows = [row for row in found.rows if row.format == name]
         shares, errors = [100 * row.macs_ratio for row in rows], [100 * row.relative_error for row in rows]
-        axes.plot(shares, errors, marker=markers[symbol], color=colour, linewidth=1.2, markersize=4, label=name)
+        axes.plot(shares, errors, marker=MARKERS[symbol], color=colour, linewidth=1.2, markersize=4, label=name)
     if found.chosen is not None:
         row = found.chosen
         label = f"{row.format} {row.ranks}"
@@ -179,14 +178,16 @@ def errors_png(found: Decomposition, path: Path) -> None:
 
 _MACS_TITLE = "MACs of the layer, share of dense (%)"
 _ERROR_TITLE = "Relative squared error (%)"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C", "#A6761D")
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x", "pentagon")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C", "#A6761D")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x", "pentagon")
+MARKERS = dict(zip(SYMBOLS, "osD^vP*Xp", strict=True))
+"""Matplotlib's names of the symbols."""
 
 
 def _styles(found: Decomposition) -> dict[str, tuple[str, str]]:
     """Colour and symbol of every format that has a line."""
     names = dict.fromkeys(row.format for row in found.rows)
-    return {name: (_COLOURS[i % len(_COLOURS)], _SYMBOLS[i % len(_SYMBOLS)]) for i, name in enumerate(names)}
+    return {name: (COLOURS[i % len(COLOURS)], SYMBOLS[i % len(SYMBOLS)]) for i, name in enumerate(names)}
 
 
 def _errors_title(found: Decomposition) -> str:

@@ -29,7 +29,7 @@ from ranksearch.factors import content_hash, store
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
 from ranksearch.prices import Price, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
-from ranksearch.rankmap import ModelRecord
+from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.space import DataSpec, Space
 from ranksearch.spectra import with_spectra
 from ranksearch.strategies import READ_PRICES, READ_SPECTRA
@@ -222,9 +222,11 @@ def settle(
 
     Raises:
         BudgetError, SpaceError: no candidate meets the budget, or no layer has one.
+        RankMapError: a map of the user's cannot be read, or has impossible ranks.
     """
     space, selection = network.space, network.selection
-    table, dear = price(space, selection, factors)
+    maps = [RankMap.load(path) for path in space.strategy.seed_maps]
+    table, dear = price(space, selection, factors, maps)
     strategies = {space.strategy.name, *space.strategy.seeds}
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)

@@ -6,9 +6,10 @@ factors are slices of that, or fitted when a trial first asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import inf
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -26,8 +27,17 @@ from ranksearch.decompositions import (
     max_rank,
     rank_grid,
 )
-from ranksearch.errors import BudgetError, DecompositionError, Problem, RankError, SpaceError, UnsupportedLayer
+from ranksearch.errors import (
+    BudgetError,
+    DecompositionError,
+    Problem,
+    RankError,
+    RankMapError,
+    SpaceError,
+    UnsupportedLayer,
+)
 from ranksearch.factors import prepared_factors
+from ranksearch.rankmap import RankMap
 from ranksearch.space import PinnedSpec, Space
 from ranksearch.surgery import Layer, count_macs, count_params, find_layers, kernel_of
 from ranksearch.table import DENSE, Candidate, LayerPrices, PriceTable
@@ -229,17 +239,23 @@ def decompose(
     return factors, {name: reason for name, reason in failed.items() if name not in made}
 
 
-def price(space: Space, selection: Selection, factors: Factors) -> tuple[PriceTable, dict[str, str]]:
+def price(
+    space: Space, selection: Selection, factors: Factors, maps: Sequence[RankMap] = ()
+) -> tuple[PriceTable, dict[str, str]]:
     """The price table of the decomposed layers, and the layers that have nothing to offer with the reason.
 
+    ``maps`` are the user's own, whose ranks are candidates whatever the space's are.
+
     Raises:
+        RankMapError: a map has ranks that its layer cannot have.
         SpaceError: no layer has a candidate that costs less than dense.
         BudgetError: even the cheapest rank map breaks the space's MAC limit.
     """
     kind = kinds(space)[-1]
     layers, dear = [], {}
     for name in selection.searched:
-        candidates = _candidates(space, selection, factors, name)
+        own = _own_ranks(selection.layers[name], name, maps)
+        candidates = _candidates(space, selection, factors, name, own)
         if len(candidates) > 1:
             layers.append(LayerPrices(name=name, conv=selection.layers[name].conv, candidates=candidates))
         elif any(key[0] == name for key in factors):
@@ -279,21 +295,44 @@ def price(space: Space, selection: Selection, factors: Factors) -> tuple[PriceTa
     return table, dear
 
 
-def _candidates(space: Space, selection: Selection, factors: Factors, name: str) -> tuple[Candidate, ...]:
-    """Candidates of one layer that cost less than dense and that no other beats in both MACs and error."""
+def _own_ranks(layer: Layer, name: str, maps: Sequence[RankMap]) -> set[tuple[str, Ranks]]:
+    """The formats and ranks that the user's maps give a layer."""
+    found = {(m.layers[name].format, m.layers[name].ranks) for m in maps if name in m.layers}
+    for form, ranks in found:
+        try:
+            check_ranks(FORMATS[form], layer.conv, ranks)
+        except (KeyError, RankError, UnsupportedLayer) as error:
+            raise RankMapError(
+                f"$.strategy.seed_maps: a map must fit the network, found {form} {ranks} for {name} ({error}). "
+                "Remove the map, or make it for this network."
+            ) from error
+    return found
+
+
+def _candidates(
+    space: Space, selection: Selection, factors: Factors, name: str, own: Collection[tuple[str, Ranks]]
+) -> tuple[Candidate, ...]:
+    """Candidates of one layer that cost less than dense: the ``own`` ones, and those that no other beats.
+
+    A candidate beats another that has no fewer MACs and no less error.
+    """
     conv, kind = selection.layers[name].conv, kinds(space)[-1]
     found: list[Candidate] = []
     for form in selection.searched[name]:
         if (name, form, kind) not in factors:
             continue
         prepared = factors[name, form, kind]
-        for ranks in rank_grid(FORMATS[form], conv, space.ranks):
+        named = [ranks for other, ranks in own if other == form]
+        for ranks in dict.fromkeys((*rank_grid(FORMATS[form], conv, space.ranks), *named)):
             found.append(_candidate(form, conv, ranks, prepared))
     found.sort(key=lambda c: (c.macs, c.error, c.params, c.format, c.ranks))
     kept: list[Candidate] = []
+    least = inf
     for candidate in found:
-        if candidate.macs < conv.macs and (not kept or space.ranks.joint or candidate.error < kept[-1].error):
+        asked_for = (candidate.format, candidate.ranks) in own
+        if candidate.macs < conv.macs and (asked_for or space.ranks.joint or candidate.error < least):
             kept.append(candidate)
+            least = min(least, candidate.error)
     return (*kept, Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0))
 
 

@@ -174,7 +174,8 @@ class StrategySpec(Section):
     seed_points: Annotated[int, Field(ge=0)] = 16
     """How many points each of them gives."""
     seed_maps: list[str] = []
-    """Rank maps of your own (JSON files) to try first."""
+    """Rank maps of your own (JSON files) to try first; their ranks are candidates too, of formats that are among
+    ``formats``."""
     batch: Positive = 4
     """How many proposals are made before their outcomes are looked at, when ``deterministic``; ``greedy-multi-step``
     measures as many moves at a time."""
@@ -224,6 +225,9 @@ class EvaluationSpec(Section):
     fine_tune: FineTuneSpec = FineTuneSpec()
     batch_images: Positive = 128
     """Images scored at a time; small batches stay in a processor's cache."""
+    report: Literal["front", "all"] = "front"
+    """Trials whose accuracy on the report images is measured: those that may be on the front, or every one. Weights
+    are kept of the front alone."""
 
 
 class ResourcesSpec(Section):

@@ -53,7 +53,8 @@ class Outcome:
     seconds: float
     """Wall time of the evaluation."""
     accuracy: float | None = None
-    """Top-1 accuracy on the report images; measured only for trials that may be on the front."""
+    """Top-1 accuracy on the report images; measured only for trials that may be on the front, unless the space asks
+    for all."""
     report_images: int = 0
     weights: str | None = None
     """File of the compressed weights, relative to the study's folder; only for trials that may be on the front."""

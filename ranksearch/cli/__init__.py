@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli import networks, searching, studies
+from ranksearch.cli import comparing, networks, searching, studies
 from ranksearch.cli.options import complain
 from ranksearch.errors import BudgetError, RanksearchError, RebuildError
 
@@ -46,6 +46,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     searching.inspect: "inspect search_spaces/quickstart.yaml",
     searching.search: "search search_spaces/quickstart.yaml --set budget.trials=40 --study first",
     searching.resume: "resume first --trials 100",
+    comparing.compare: "compare search_spaces/quickstart.yaml --strategies uniform,knapsack,optuna:tpe --seeds 2",
     studies.trials: "trials first --json",
     studies.front: "front first --html front.html",
     studies.export: "export first --max-macs-ratio 0.5 -o rank_map.json --save-weights compressed.safetensors",

@@ -27,6 +27,7 @@ class Reporter:
         self._quiet = quiet
         self._console = console(stderr=True)
         self._stage = ""
+        self._heading = ""
         self._task: TaskID | None = None
         self._bars: Progress | None = None
         if self._console.is_terminal and not quiet:
@@ -50,6 +51,13 @@ class Reporter:
     ) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+    def began(self, study: str, number: int, total: int) -> None:
+        """Hear which search of how many comes next."""
+        self.study, self._heading = study, f"{number}/{total} {study}: "
+        self._failed, self._best, self._stage = 0, (-1.0, 0.0), ""
+        if self._bars is None and not self._quiet:
+            self._console.print(f"search {number} of {total}: {study}", soft_wrap=True)
 
     def named(self, study: str) -> None:
         """Hear the name of the study."""
@@ -94,5 +102,5 @@ class Reporter:
         if fresh or self._task is None:
             if self._task is not None:
                 self._bars.remove_task(self._task)
-            self._task = self._bars.add_task(what, total=total, note=note)
+            self._task = self._bars.add_task(f"{self._heading}{what}", total=total, note=note)
         self._bars.update(self._task, completed=done, total=total, note=note)

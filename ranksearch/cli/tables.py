@@ -11,12 +11,13 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ranksearch.comparison import Comparison as Strategies
     from ranksearch.handover import Comparison
     from ranksearch.layerwise import Decomposition
     from ranksearch.study import Setting, Study
     from ranksearch.surgery import Layer
 
-_WHOLE = ("number", "index", "attempt", "trial", "macs", "params")
+_WHOLE = ("number", "index", "attempt", "trial", "macs", "params", "seeds", "done", "failed")
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -164,6 +165,49 @@ def comparison_table(found: Comparison) -> Table:
         after = ours.latency_ms[size]
         made.add_row(f"latency ms, batch {size}", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}")
     return made
+
+
+def strategies_table(found: Strategies) -> Table:
+    """A comparison's searches: how many trials, how far they came, how long they took; means over the seeds."""
+    made = table("strategy", "seeds", "trials", "failed", "hypervolume", "trials, minutes", "wall, minutes", left=1)
+    for row in records(found.summary()):
+        searched = row["seeds"] > 0
+        made.add_row(
+            row["strategy"],
+            str(row["seeds"]),
+            str(row["done"]),
+            str(row["failed"]),
+            _plus_minus(row["hypervolume"], row["hypervolume_half_range"], 1, 4),
+            f"{row['minutes']:.2f}" if searched else "-",
+            f"{row['wall_minutes']:.2f}" if searched else "-",
+        )
+    return made
+
+
+def targets_table(found: Strategies) -> Table:
+    """What the strategies of a comparison have within each target; means over the seeds."""
+    columns = ["MACs at most %", "strategy", "MACs %", "accuracy %"]
+    made = table(*columns, *(["after training %"] if found.fine_tune_steps else []), "", left=0)
+    made.columns[1].justify = "left"
+    rows = records(found.summary())
+    for target in found.targets:
+        for i, row in enumerate(rows):
+            name, seeds = f"{target:g}", row["seeds"]
+            scores = [
+                _plus_minus(row[f"{when}_{name}"], row[f"{when}_half_range_{name}"], 100, 2)
+                for when in (("before", "after") if found.fine_tune_steps else ("before",))
+            ]
+            some = f"{row[f'found_{name}']} of {seeds} seeds" if 0 < row[f"found_{name}"] < seeds else ""
+            first = percent(target, 1) if i == 0 else ""
+            made.add_row(first, row["strategy"], percent(row[f"macs_ratio_{name}"], 1), *scores, some)
+    return made
+
+
+def _plus_minus(mean: float | None, half_range: float | None, scale: int, digits: int) -> str:
+    """A mean and half the range, a dash where there is none."""
+    if mean is None or half_range is None:
+        return "-"
+    return f"{scale * mean:.{digits}f} ± {scale * half_range:.{digits}f}"
 
 
 def decomposition_table(found: Decomposition) -> Table:

@@ -62,6 +62,7 @@ COMMANDS = [
     "ui",
     "schema",
     "decompose",
+    "compare",
 ]
 
 
@@ -136,8 +137,8 @@ def raw_study(storage: Path, name: str = "done") -> optuna.Study:
 
 def test_the_public_door() -> None:
     assert ranksearch.__all__ == [
-        "RankMap", "RanksearchError", "Space", "Study", "inspect", "load_space", "open_study", "parse_space", "resume",
-        "search",
+        "Comparison", "RankMap", "RanksearchError", "Space", "Study", "compare", "inspect", "load_space", "open_study",
+        "parse_space", "resume", "search",
     ]  # fmt: skip
     assert dir(ranksearch) == ranksearch.__all__
     for name in ranksearch.__all__:

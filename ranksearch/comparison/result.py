@@ -1,0 +1,266 @@
+"""What a comparison found, as frozen data and as tables; no searches are run here.
+
+Over seeds, a figure is given as its mean and half its range. MACs are per image; accuracies are those of the report
+images, 0 to 1, unless they are called search accuracies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isnan, nan
+from typing import TYPE_CHECKING, Any, cast
+
+from ranksearch.errors import BudgetError
+from ranksearch.export import choose
+from ranksearch.study import INTERRUPTED, Study
+from ranksearch.trial import Outcome, Trial
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Choice = frozenset[tuple[str, str, tuple[int, ...]]]
+"""A rank map by what it makes of every layer: name, format, ranks. Dense layers are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """How far a search was after some of its trials."""
+
+    trials: int
+    """Proposals that had ended, failed ones too."""
+    seconds: float
+    """Wall time until then in which at least one trial ran: what an interruption took does not count."""
+    hypervolume: float
+    """Share of the objectives' box that was dominated then; see :meth:`ranksearch.study.Study.hypervolume`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one search has within a target; all but the target are None where it has nothing."""
+
+    target: float
+    """Share of the dense network's MACs."""
+    trial: int | None = None
+    """Number of the trial that is the most accurate on the search images within the target."""
+    macs: int | None = None
+    macs_ratio: float | None = None
+    accuracy_search: float | None = None
+    before: float | None = None
+    """Its accuracy as the search scored it."""
+    after: float | None = None
+    """Its accuracy after the comparison's fine-tuning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One search of a comparison: a strategy and a seed."""
+
+    strategy: str
+    seed: int
+    study: str
+    done: int
+    """Proposals that were scored."""
+    failed: int
+    hypervolume: float
+    seconds: float
+    """Sum over the scored trials."""
+    wall_seconds: float
+    """Time in which at least one trial ran."""
+    dense_accuracy: float
+    curve: tuple[Point, ...]
+    cells: tuple[Cell, ...]
+    """One a target."""
+    reason: str | None = None
+    """Of the first failed trial, where none was scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Strategies side by side."""
+
+    name: str
+    strategies: tuple[str, ...]
+    """Names of the rows, in the order asked for; the user's rank maps among them."""
+    seeds: tuple[int, ...]
+    targets: tuple[float, ...]
+    fine_tune_steps: int
+    runs: tuple[Run, ...]
+    failures: Mapping[str, str]
+    """Strategy to the reason why it could not search."""
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each strategy, seed and target."""
+        import pandas as pd
+
+        whole = [*(field for field in Run.__dataclass_fields__ if field not in ("curve", "cells", "reason"))]
+        rows = [{name: getattr(run, name) for name in whole} | asdict(cell) for run in self.runs for cell in run.cells]
+        frame = pd.DataFrame(rows, columns=[*whole, *Cell.__dataclass_fields__])
+        numbers = ["macs_ratio", "accuracy_search", "before", "after"]
+        frame = frame.astype({"trial": "Int64", "macs": "Int64", **dict.fromkeys(numbers, float)})
+        first = ["strategy", "seed", "target", "study"]
+        return frame[[*first, *(name for name in frame.columns if name not in first)]]
+
+    def curves(self) -> pd.DataFrame:
+        """One row for each strategy, seed and ended trial: hypervolume over trials and over seconds."""
+        import pandas as pd
+
+        rows = [
+            {"strategy": run.strategy, "seed": run.seed, **asdict(point)} for run in self.runs for point in run.curve
+        ]
+        return pd.DataFrame(rows, columns=["strategy", "seed", *Point.__dataclass_fields__])
+
+    def summary(self) -> pd.DataFrame:
+        """One row for each strategy: means over the seeds, half ranges, and the reason of one that could not search.
+
+        Columns of a target end in it, as in ``before_0.5``; ``found_0.5`` counts the seeds that have something there.
+        """
+        import pandas as pd
+
+        return pd.DataFrame([self._row(strategy) for strategy in self.strategies])
+
+    def _row(self, strategy: str) -> dict[str, Any]:
+        runs = [run for run in self.runs if run.strategy == strategy]
+        row: dict[str, Any] = {
+            "strategy": strategy,
+            "seeds": len(runs),
+            "done": sum(run.done for run in runs),
+            "failed": sum(run.failed for run in runs),
+        }
+        row["hypervolume"] = _mean(run.hypervolume for run in runs)
+        row["hypervolume_half_range"] = _half_range(run.hypervolume for run in runs)
+        row["minutes"] = _mean(run.seconds / 60 for run in runs)
+        row["wall_minutes"] = _mean(run.wall_seconds / 60 for run in runs)
+        for i, target in enumerate(self.targets):
+            cells = [run.cells[i] for run in runs if run.cells[i].trial is not None]
+            row[f"found_{target:g}"] = len(cells)
+            row[f"macs_ratio_{target:g}"] = _mean(cell.macs_ratio for cell in cells)
+            for name in ("before", "after"):
+                values = [getattr(cell, name) for cell in cells]
+                row |= {f"{name}_{target:g}": _mean(values), f"{name}_half_range_{target:g}": _half_range(values)}
+        reasons = (self.failures.get(strategy), *(run.reason for run in runs))
+        return row | {"reason": next((reason for reason in reasons if reason), None)}
+
+    def metrics(self) -> dict[str, float]:
+        """The summary as single figures, such as ``accuracy/knapsack/0.50/after``; missing ones are left out."""
+        found: dict[str, float] = {}
+        for row in self.summary().to_dict("records"):
+            slug = slug_of(row["strategy"])
+            found |= {f"{name}/{slug}": row[name] for name in ("hypervolume", "minutes", "done", "failed")}
+            for target in self.targets:
+                place = f"{slug}/{target:.2f}" if round(target, 2) == target else f"{slug}/{target:g}"
+                found[f"macs_ratio/{place}"] = row[f"macs_ratio_{target:g}"]
+                found |= {f"accuracy/{place}/{when}": row[f"{when}_{target:g}"] for when in ("before", "after")}
+        return {name: float(value) for name, value in found.items() if not isnan(value)}
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types: the summary, and every search with its cells and its curve."""
+        summary = [{str(key): _plain(value) for key, value in row.items()} for row in self.summary().to_dict("records")]
+        return {
+            "name": self.name,
+            "seeds": list(self.seeds),
+            "targets": list(self.targets),
+            "fine_tune_steps": self.fine_tune_steps,
+            "summary": summary,
+            "runs": [asdict(run) for run in self.runs],
+            "failures": dict(self.failures),
+        }
+
+
+def slug_of(label: str) -> str:
+    """A row's name as a part of other names: ``optuna:tpe`` is ``optuna-tpe``."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label)
+
+
+def run_of(strategy: str, seed: int, study: Study, targets: Sequence[float], after: Mapping[Choice, float]) -> Run:
+    """What a study found; ``after`` has the accuracies of the rank maps that were fine-tuned."""
+    trials = study.trials()
+    last = {trial.index: trial for trial in trials}.values()
+    failed = [trial for trial in last if trial.state == "FAIL"]
+    done = [trial for trial in last if trial.state == "COMPLETE"]
+    curve = _curve(study, [*done, *failed])
+    return Run(
+        strategy=strategy,
+        seed=seed,
+        study=study.name,
+        done=len(done),
+        failed=len(failed),
+        hypervolume=study.hypervolume(done),
+        seconds=sum(cast(Outcome, trial.outcome).seconds for trial in done),
+        wall_seconds=curve[-1].seconds if curve else 0.0,
+        dense_accuracy=study.setting.dense["accuracy"],
+        curve=curve,
+        cells=tuple(_cell(study, target, after) for target in targets),
+        reason=failed[0].reason if failed and not done else None,
+    )
+
+
+def chosen(study: Study, target: float) -> Trial | None:
+    """The most accurate trial within a share of the dense MACs, if there is one."""
+    try:
+        return choose(study, max_macs_ratio=target)
+    except BudgetError:
+        return None
+
+
+def choice_of(study: Study, trial: Trial) -> Choice:
+    """What a trial made of every layer."""
+    picked = study.setting.table.picked(trial.proposal.choices)
+    return frozenset((name, one.format, one.ranks) for name, one in picked.items() if not one.dense)
+
+
+def _cell(study: Study, target: float, after: Mapping[Choice, float]) -> Cell:
+    trial = chosen(study, target)
+    if trial is None:
+        return Cell(target=target)
+    outcome = cast(Outcome, trial.outcome)
+    return Cell(
+        target=target,
+        trial=trial.number,
+        macs=outcome.macs,
+        macs_ratio=outcome.macs / study.setting.dense["macs"],
+        accuracy_search=outcome.accuracy_search,
+        before=outcome.accuracy,
+        after=after.get(choice_of(study, trial)),
+    )
+
+
+def _curve(study: Study, ended: Sequence[Trial]) -> tuple[Point, ...]:
+    """The hypervolume after every trial, in the order in which they ended."""
+    ordered = sorted(ended, key=lambda one: (one.end_ms, one.number))
+    # Of a trial that a killed driver left, the end was written only when the search was continued.
+    spans = sorted((trial.start_ms, trial.end_ms) for trial in ordered if trial.reason != INTERRUPTED)
+    points: list[Point] = []
+    front: list[Trial] = []
+    for trial in ordered:
+        front = study.front_trials([*front, trial])
+        seconds = _busy_ms(spans, trial.end_ms) / 1000
+        points.append(Point(trials=len(points) + 1, seconds=seconds, hypervolume=study.hypervolume(front)))
+    return tuple(points)
+
+
+def _busy_ms(spans: Iterable[tuple[int, int]], until: int) -> int:
+    """How much of the time until then is in one of the spans, which come by their starts."""
+    total, end = 0, 0
+    for start, stop in spans:
+        start, stop = max(start, end), min(stop, until)
+        if start < stop:
+            total, end = total + stop - start, stop
+    return total
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Of the values that are there; NaN without any."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else nan
+
+
+def _half_range(values: Iterable[float | None]) -> float:
+    found = [value for value in values if value is not None]
+    return (max(found) - min(found)) / 2 if found else nan
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and isnan(value) else value
