@@ -1,10 +1,14 @@
-"""One piece of the work of measuring prices: all candidates of all layers on some images (see ``prices``)."""
+"""The work of measuring prices in pieces, one layer's kernels or one batch of images each (see ``prices``).
+
+Whoever works on several pieces keeps the traced network and the modules of all candidates from the first one on.
+"""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -28,8 +32,8 @@ PRICES: tuple[Price, ...] = get_args(Price)
 WITH_LABELS: tuple[Price, ...] = ("loss", "drop")
 """The prices that need labels."""
 
-Unit = tuple[int, np.ndarray, "np.ndarray | None"]
-"""One piece of work: the number of its first image, images ``(N, C, H, W)`` and labels ``(N,)``."""
+Piece = str | range
+"""A layer whose kernels are composed, or the numbers of a batch of images."""
 Sums = dict[str, tuple[np.ndarray, np.ndarray]]
 """What images add up to, float64, by layer. ``(candidates, 5)``: squared error of the output, half the squared change
 of the log-likelihood, divergence, cross-entropy, images that are right. ``(3, T)``: number, sum and sum of squares of
@@ -38,12 +42,16 @@ the dense outputs."""
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measurement:
-    """Measures layers on one unit of images after another; pickled, it carries plain bytes, no shared memory."""
+    """Measures one piece of the work after another; pickled, it carries plain bytes, no shared memory."""
 
     dense: nn.Module
     layers: tuple[LayerPrices, ...]
     prepared: Mapping[tuple[str, str], Prepared]
     """Prepared tensors by layer and format."""
+    images: Tensor
+    """``(N, C, H, W)``."""
+    labels: Tensor | None
+    """``(N,)``."""
     prices: tuple[Price, ...]
     batch_images: int
     dtype: torch.dtype
@@ -55,42 +63,57 @@ class Measurement:
     """Folder where fits are kept."""
 
     def __reduce__(self) -> tuple[Callable[[bytes], Measurement], tuple[bytes]]:
-        return _restored, (pickle.dumps(self.__dict__),)
+        return _restored, (pickle.dumps({field.name: getattr(self, field.name) for field in fields(self)}),)
 
-    def weights(self, layer: LayerPrices) -> list[float]:
-        """Relative squared errors of the composed kernels of one layer's candidates."""
-        weight, _ = kernel_of(self.dense.get_submodule(layer.name))
-        errors = []
+    @property
+    def pieces(self) -> list[Piece]:
+        """All the work: layers first, since fits that they leave in the cache are read by all batches."""
+        layers = [layer.name for layer in self.layers if "weight" in self.prices or (self.cache and _fits(layer))]
+        count, size = len(self.images), self.batch_images
+        return [*layers, *(range(start, min(start + size, count)) for start in range(0, count, size))]
+
+    def __call__(self, piece: Piece) -> list[float] | Sums:
+        """Relative squared errors of the composed kernels of a layer's candidates; or what a batch adds to the sums."""
         with reproducible(self.threads):
-            kernel = composed((layer.conv,), (weight,))
-            for candidate in layer.candidates:
-                error = 0.0
-                if not candidate.dense:
-                    stages = compressed_stages(FORMATS[candidate.format], layer.conv, candidate.ranks)
-                    error = float((composed(stages, self._kernels(layer, candidate)) - kernel).square().sum())
-                errors.append(share(error, float(kernel.square().sum())))
+            return self._weights(piece) if isinstance(piece, str) else self._sums(piece)
+
+    def _weights(self, name: str) -> list[float]:
+        layer = next(layer for layer in self.layers if layer.name == name)
+        weight, _ = kernel_of(self.dense.get_submodule(name))
+        kernel, errors = composed((layer.conv,), (weight,)), []
+        for candidate in layer.candidates:
+            error = 0.0
+            if not candidate.dense:
+                stages = compressed_stages(FORMATS[candidate.format], layer.conv, candidate.ranks)
+                error = float((composed(stages, self._kernels(layer, candidate)) - kernel).square().sum())
+            errors.append(share(error, float(kernel.square().sum())))
         return errors
 
-    def __call__(self, unit: Unit) -> Sums:
-        """What one unit of images adds to every layer's sums."""
-        first, *arrays = unit
-        device = next(self.dense.parameters()).device
-        images, labels = (None if a is None else torch.tensor(a, device=device) for a in arrays)
-        assert images is not None
+    def _sums(self, batch: range) -> Sums:
+        part, device = slice(batch.start, batch.stop), self._device
         sums = {x.name: (np.zeros((len(x.candidates), 5)), np.zeros((3, x.conv.out_channels))) for x in self.layers}
-        with reproducible(self.threads):
-            network = opened(self.dense, list(sums), images[:2].to(next(self.dense.parameters())), self.dtype)
-            chains = {layer.name: self._chains(layer) for layer in self.layers}
-            for start in range(0, len(images), self.batch_images):
-                part = slice(start, start + self.batch_images)
-                x = images[part].to(self.dtype)
-                x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-                dense, gradients = self._dense(network, x, first + start)
-                self._add(sums, network, chains, dense, gradients, None if labels is None else labels[part].long())
+        # A copy: the last bits depend on how operands are aligned, which is at odds where a batch begins.
+        x = self.images[part].to(device, self.dtype, copy=True)
+        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        dense, gradients = self._dense(self._network, x, batch.start)
+        self._add(sums, dense, gradients, None if self.labels is None else self.labels[part].to(device).long())
         return sums
 
-    def _chains(self, layer: LayerPrices) -> list[nn.Module]:
-        """The modules of one layer's candidates, the dense one left out."""
+    @property
+    def _device(self) -> torch.device:
+        return next(self.dense.parameters()).device
+
+    @cached_property
+    def _network(self) -> Downstream:
+        parameter = next(self.dense.parameters())
+        return opened(self.dense, [layer.name for layer in self.layers], self.images[:2].to(parameter), self.dtype)
+
+    @cached_property
+    def _chains(self) -> dict[str, list[nn.Module]]:
+        """The modules of all layers' candidates, the dense ones left out."""
+        return {layer.name: self._chains_of(layer) for layer in self.layers}
+
+    def _chains_of(self, layer: LayerPrices) -> list[nn.Module]:
         kernel, bias = kernel_of(self.dense.get_submodule(layer.name))
         built = []
         for c in layer.candidates:
@@ -129,8 +152,6 @@ class Measurement:
     def _add(
         self,
         sums: Sums,
-        network: Downstream,
-        chains: Mapping[str, list[nn.Module]],
         dense: Pass,
         gradients: Mapping[str, Tensor],
         labels: Tensor | None,
@@ -145,7 +166,7 @@ class Measurement:
             values = as_image(y, layer.conv).double().movedim(1, 0).flatten(1)
             count = torch.full_like(values[:, 0], values.shape[1])
             channels += torch.stack([count, values.sum(1), values.square().sum(1)]).cpu().numpy()
-            for row, module in zip(rows, chains[layer.name], strict=False):
+            for row, module in zip(rows, self._chains[layer.name], strict=False):
                 output = module(dense.inputs[layer.name])
                 if local:
                     change = _flat(output - y)
@@ -154,8 +175,13 @@ class Measurement:
                         slopes = torch.linalg.vecdot(change, gradients[layer.name])
                         row[1] += float(slopes.double().square().sum()) / 2
                 if onward:
-                    row[2:] += _outcome(network.onward(layer.name, output, dense), log_p, labels)
+                    row[2:] += _outcome(self._network.onward(layer.name, output, dense), log_p, labels)
             rows[-1, 2:] += _outcome(dense.logits, log_p, labels)
+
+
+def _fits(layer: LayerPrices) -> bool:
+    """Whether factors of a candidate have to be fitted."""
+    return any(not c.dense and not FORMATS[c.format].nested for c in layer.candidates)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +48,7 @@ __all__ = ["PRICES", "Map", "Price", "measure", "with_prices"]
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """Like the builtin ``map``: results in the order of the items."""
-_CACHE_VERSION = "1"
+_CACHE_VERSION = "2"
 
 
 def measure(
@@ -60,7 +61,6 @@ def measure(
     kind: Kind,
     prices: Sequence[Price] | None = None,
     batch_images: int = 32,
-    unit_images: int = 256,
     dtype: torch.dtype = torch.float32,
     threads: int = 1,
     seed: int = 0,
@@ -71,8 +71,8 @@ def measure(
 ) -> dict[str, list[dict[str, float]]]:
     """Prices of every candidate of every searched layer, in the order of the table; zero for the dense candidate.
 
-    The work is split by images, not by layers: the dense pass is shared by all layers, no piece of work is much longer
-    than another, and every image is sent once. The numbers do not depend on ``map``.
+    The work is split by images, not by layers: the dense pass is shared by all layers, and no batch is much longer than
+    another. The numbers do not depend on ``map``.
 
     Args:
         dense: the dense network, in float32, on the device to measure on; it is not changed.
@@ -82,14 +82,14 @@ def measure(
         labels: ``(N,)``; only ``loss`` and ``drop`` need them.
         kind: kind of the factors that candidates are built of, with the bias that goes with it.
         prices: which prices; without, all that can be had (with or without labels).
-        batch_images: images that run at a time; all activations of these are held.
-        unit_images: images of one piece of work for ``map``; each traces the network and builds all candidates.
+        batch_images: images that run at a time, one piece of work for ``map``; all activations of these are held.
         dtype: of weights and activations, float32 or bfloat16.
-        threads: CPU threads of one piece of work; the last bits depend on them.
+        threads: CPU threads of one piece of work; the last bits depend on their number.
         seed: of the signs of ``second-order``.
         stabiliser: of candidates that are fitted.
         cache: folder where fits are, and prices are kept by a hash of all they depend on; without, none are kept.
-        map: runs the pieces of work, which can be pickled: the builtin, a process pool's, or a cluster's.
+        map: runs the pieces of work: the builtin, a process pool's, or a cluster's. The function it is given holds the
+            network and the images, and can be pickled where the network can; it is faster from its second call on.
         progress: called with the pieces of work done and their total.
 
     Raises:
@@ -102,9 +102,7 @@ def measure(
     chosen = _chosen(prices, images, labels)
     keys = {}
     if cache is not None:
-        about = _about(
-            dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {unit_images} {threads} {seed} {stabiliser}"
-        )
+        about = _about(dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {threads} {seed} {stabiliser}")
         keys = {x.name: cache / "prices" / f"{_key(x, factors, kind, about)}.safetensors" for x in table.layers}
     found = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
     missing = [layer for layer in table.layers if found[layer.name] is None]
@@ -113,6 +111,8 @@ def measure(
             dense=dense,
             layers=tuple(missing),
             prepared={k[:2]: v for k, v in factors.items() if k[2] == kind and k[0] in {x.name for x in missing}},
+            images=images,
+            labels=labels,
             prices=chosen,
             batch_images=batch_images,
             dtype=dtype,
@@ -121,7 +121,7 @@ def measure(
             stabiliser=stabiliser,
             cache=cache,
         )
-        for layer, values in _measured(work, images, labels, unit_images, map, progress).items():
+        for layer, values in _measured(work, map, progress).items():
             found[layer] = values
             if layer in keys:
                 store({"prices": values}, keys[layer])
@@ -163,30 +163,23 @@ def _chosen(prices: Sequence[Price] | None, images: Tensor, labels: Tensor | Non
     return tuple(p for p in PRICES if p in prices)
 
 
-def _measured(
-    work: Measurement,
-    images: Tensor,
-    labels: Tensor | None,
-    unit_images: int,
-    run: Map,
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, Tensor]:
+def _measured(work: Measurement, run: Map, progress: Callable[[int, int], None] | None) -> dict[str, Tensor]:
     """Prices ``(candidates, prices)`` of the layers of ``work``, float64."""
-    n = len(images)
-    pixels, truth = images.cpu().numpy(), None if labels is None else labels.cpu().numpy()
-    pieces = [slice(i, i + unit_images) for i in range(0, n, unit_images)]
-    units = [(piece.start, pixels[piece], None if truth is None else truth[piece]) for piece in pieces]
-    layers = {layer.name: layer for layer in work.layers}
-    zeros = {name: [0.0] * len(layer.candidates) for name, layer in layers.items()}
-    weight = dict(zip(layers, run(work.weights, work.layers), strict=True)) if "weight" in work.prices else zeros
-    total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for done, sums in enumerate(run(work, units)):
-        if progress is not None:
-            progress(done + 1, len(units))
-        for name, (rows, channels) in sums.items():
-            known = total.get(name, (0.0, 0.0))
-            total[name] = (known[0] + rows, known[1] + channels)
-    return {name: _priced(work.prices, weight[name], *total[name], n) for name in layers}
+    weight = {layer.name: [0.0] * len(layer.candidates) for layer in work.layers}
+    total: dict[str, tuple[Any, Any]] = {layer.name: (0.0, 0.0) for layer in work.layers}
+    pieces = work.pieces
+    with ExitStack() as stack:
+        results = run(work, pieces)
+        if isinstance(results, Generator):
+            stack.enter_context(closing(results))  # an error here ends the workers at once
+        for done, (piece, found) in enumerate(zip(pieces, results, strict=True)):
+            if isinstance(piece, str):
+                weight[piece] = found
+            else:
+                total = {name: (total[name][0] + rows, total[name][1] + more) for name, (rows, more) in found.items()}
+            if progress is not None:
+                progress(done + 1, len(pieces))
+    return {name: _priced(work.prices, weight[name], *total[name], len(work.images)) for name in total}
 
 
 def _priced(prices: Sequence[Price], weight: Sequence[float], rows: np.ndarray, channels: np.ndarray, n: int) -> Tensor:

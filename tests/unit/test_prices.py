@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ranksearch import measurement
 from ranksearch.calibration import collect
 from ranksearch.config import parse_space
 from ranksearch.decompositions import FORMATS, Kind, chain
 from ranksearch.downstream import Traced, Whole, opened
+from ranksearch.engine.pool import over_processes
 from ranksearch.errors import DataError, ModelError
 from ranksearch.models.cifar_resnet import CifarResNet
 from ranksearch.models.digits_cnn import digits_cnn
@@ -86,7 +86,7 @@ class Priced:
     kind: Kind
 
     def measured(self, **options: Any) -> dict[str, list[dict[str, float]]]:
-        options = {"batch_images": 5, "unit_images": 10, **options}
+        options = {"batch_images": 5, **options}
         return measure(self.net, self.table, self.factors, self.images, self.labels, kind=self.kind, **options)
 
 
@@ -254,7 +254,7 @@ def test_second_order_estimates_the_divergence_of_small_changes(tmp_path: Path) 
     torch.manual_seed(1)
     case = priced(randomised(digits_cnn()), images_of(600, 1, 8, 8), tmp_path, ratios=(0.85,))
     prices: tuple[Any, ...] = ("divergence", "second-order")
-    found = case.measured(batch_images=100, unit_images=600, prices=prices)
+    found = case.measured(batch_images=100, prices=prices)
     rows = [row for rows in found.values() for row in rows if row["divergence"] > 0]
     assert len(rows) >= 5
     for row in rows:
@@ -268,7 +268,7 @@ def test_prices_may_be_chosen_and_need_labels_only_where_they_say_so(tmp_path: P
     some = case.measured(prices=["output", "weight"])
     for name, rows in some.items():
         assert rows == [{key: row[key] for key in ("weight", "output")} for row in everything[name]]
-    unlabelled = measure(net, case.table, case.factors, images.numpy(), kind=case.kind, batch_images=5, unit_images=10)
+    unlabelled = measure(net, case.table, case.factors, images.numpy(), kind=case.kind, batch_images=5)
     for name, rows in unlabelled.items():
         keys = [key for key in PRICES if key not in ("loss", "drop")]
         assert rows == [{key: row[key] for key in keys} for row in everything[name]]
@@ -280,11 +280,11 @@ def test_prices_may_be_chosen_and_need_labels_only_where_they_say_so(tmp_path: P
         measure(net, case.table, case.factors, images[:0], kind=case.kind)
 
 
-def test_batches_and_units_change_no_more_than_rounding(tmp_path: Path) -> None:
+def test_batches_change_no_more_than_rounding(tmp_path: Path) -> None:
     net, images = network("resnet-B")
     case = priced(net, images, tmp_path)
     prices: tuple[Any, ...] = tuple(p for p in PRICES if p != "second-order")
-    one, other = case.measured(prices=prices), case.measured(prices=prices, batch_images=25, unit_images=25)
+    one, other = case.measured(prices=prices), case.measured(prices=prices, batch_images=25)
     for name, rows in one.items():
         for row, again in zip(rows, other[name], strict=True):
             assert row == pytest.approx(again, rel=1e-4, abs=1e-6)
@@ -307,11 +307,43 @@ def test_numbers_are_the_same_for_any_map(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_numbers_are_the_same_from_a_process_pool(tmp_path: Path) -> None:
+def test_numbers_are_the_same_from_other_processes(tmp_path: Path) -> None:
     net, images = network("resnet-A")
     case = priced(net, images, tmp_path)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        assert case.measured(map=pool.map) == case.measured()
+    assert case.measured(map=over_processes(2)) == case.measured()
+
+
+def test_what_a_map_calls_keeps_network_and_candidates_for_its_next_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, images = network("small")
+    case = priced(net, images, tmp_path)
+    made: list[Any] = []
+    build = measurement.build_layer
+    monkeypatch.setattr(measurement, "build_layer", lambda *given: (made.append(given), build(*given))[1])
+    case.measured()
+    assert len(made) == sum(not c.dense for layer in case.table.layers for c in layer.candidates)
+
+
+def test_an_error_ends_the_other_workers_before_it_is_raised(tmp_path: Path) -> None:
+    net, images = network("small")
+    case, told = priced(net, images, tmp_path), []
+
+    def noting(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        try:
+            yield from map(work, items)
+        finally:
+            told.append("ended")
+
+    def interrupted(done: int, total: int) -> None:
+        told.append(f"{done} of {total}")
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        case.measured(map=noting, progress=interrupted)
+    total = len(case.table.layers) + 5
+    assert (told, caught.type) == ([f"1 of {total}", f"2 of {total}", "ended"], KeyboardInterrupt)
 
 
 def test_the_cache_spares_all_work_and_survives_damage(tmp_path: Path) -> None:
@@ -333,12 +365,12 @@ def test_the_cache_spares_all_work_and_survives_damage(tmp_path: Path) -> None:
     broken = sorted((tmp_path / "prices").iterdir())[0]
     broken.write_bytes(b"not safetensors")
     assert case.measured(cache=tmp_path, map=counted) == first
-    assert len(units) == 1 + 3  # one layer's kernels, three units of images
+    assert len(units) == 1 + 5  # one layer's kernels, five batches of images
     units.clear()
     case.measured(cache=tmp_path, map=counted, seed=1)
     relabelled = replace(case, labels=case.labels.roll(1))
     assert relabelled.measured(cache=tmp_path, map=counted)["head"] != first["head"]
-    assert len(units) == 2 * (len(case.table.layers) + 3)
+    assert len(units) == 2 * (len(case.table.layers) + 5)
 
 
 def test_bfloat16_prices_are_close_to_those_of_float32(tmp_path: Path) -> None:
