@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,38 @@ def test_an_unknown_strategy_is_told_before_anything_runs(tmp_path: Path) -> Non
     with pytest.raises(SpaceError, match="targets must be over 0 and at most 1"):
         compared(tmp_path, targets=(0.5, 1.5))
     assert not any(tmp_path.iterdir())
+
+
+def interrupt() -> None:
+    """A data factory during which somebody presses Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def test_after_ctrl_c_the_command_that_continues_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "compare", str(QUICKSTART), "--strategies", "knapsack,optuna:tpe", "--seeds", "2", "--set", UNTRACKED,
+        "--set", f"data.source={__name__}:interrupt", "--study", "one", "--quiet", "--storage", str(tmp_path / "a b"),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 130
+    told = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("Go on with: "))
+    words = shlex.split(told.removeprefix("Go on with: "))
+    assert words[0] == "ranksearch"
+    assert sorted(words[1:]) == sorted(given)
+    pairs = set(itertools.pairwise(given))
+    assert {pair for pair in itertools.pairwise(words) if pair[0].startswith("--") and pair[0] != "--quiet"} <= pairs
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "part"),
+    [("--targets", "half", "must be numbers"), ("--maps", "theirs", "NAME=FILE"), ("--csv", "nowhere/a.csv", "folder")],
+)
+def test_wrong_usage_is_told(option: str, value: str, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", str(QUICKSTART), "--strategies", "uniform", option, value])
+    assert ended.value.code == 2
+    assert part in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow
