@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,7 +53,7 @@ def compare(
 ) -> None:
     """Compare strategies under one space, with the same budget of trials each; run again, it continues."""
     names = [name.strip() for name in strategies.split(",") if name.strip()]
-    shares, files = _shares(targets), dict(_maps(one) for one in maps or ())
+    shares, files = _shares(targets), _maps(maps or ())
     for file in (csv, html, png):
         if file is not None and not file.resolve().parent.is_dir():
             raise typer.BadParameter(f"{file} must be in a folder that exists")
@@ -125,11 +125,15 @@ def _shares(text: str) -> list[float]:
         raise typer.BadParameter(f"--targets must be numbers with ',' between, found {text!r}") from error
 
 
-def _maps(text: str) -> tuple[str, list[Path]]:
-    name, equals, files = text.partition("=")
-    if not equals or not name or not files:
-        raise typer.BadParameter(f"--maps must be NAME=FILE[,FILE...], found {text!r}")
-    return name, [Path(file) for file in files.split(",")]
+def _maps(texts: Sequence[str]) -> dict[str, list[Path]]:
+    """Row name to files; a name given twice has the files of both."""
+    found: dict[str, list[Path]] = {}
+    for text in texts:
+        name, equals, files = text.partition("=")
+        if not equals or not name or not files:
+            raise typer.BadParameter(f"--maps must be NAME=FILE[,FILE...], found {text!r}")
+        found.setdefault(name, []).extend(Path(file) for file in files.split(","))
+    return found
 
 
 @contextmanager
