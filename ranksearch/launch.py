@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ranksearch.config import load_space
 from ranksearch.driver import Driver, Watch, finished, task_of
-from ranksearch.engine import build_engine
+from ranksearch.engine import build_engine, build_map
 from ranksearch.engine.resources import check
 from ranksearch.errors import Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, Evaluator
@@ -66,7 +66,7 @@ def search(
             with threads(_all_threads()):
                 network = read_network(space, store.cache, notify)
                 factors, failed = factorise(network, store.cache, notify)
-                setting = settle(network, factors, failed, store.cache, notify)
+                setting = settle(network, factors, failed, store.cache, notify, build_map(space.resources))
                 choices = seed_choices(setting)
             tracker = stack.enter_context(_tracking(space, store.folder))
             study = store.create(name, setting)
@@ -153,7 +153,8 @@ def inspect(
     space = located(space, base)
     with threads(_all_threads()):
         network = read_network(space, store.cache, notify)
-        setting = settle(network, *factorise(network, store.cache, notify), store.cache, notify)
+        factors, failed = factorise(network, store.cache, notify)
+        setting = settle(network, factors, failed, store.cache, notify, build_map(space.resources))
         seed_choices(setting)
         return setting
 

@@ -6,6 +6,7 @@ at full rank, the candidates priced, and the dense network scored.
 
 from __future__ import annotations
 
+import builtins
 import importlib.metadata
 import os
 import platform
@@ -27,7 +28,7 @@ from ranksearch.errors import DataError, ModelError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import content_hash, store
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
-from ranksearch.prices import Price, measure, with_prices
+from ranksearch.prices import Map, Price, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import DataSpec, Space
@@ -43,6 +44,10 @@ Notify = Callable[[str, int, int], None]
 
 _PIXELS = 64
 """Output pixels of an image at which regression targets are kept."""
+
+
+_PARALLEL_MACS = 1e11
+"""Work that takes a core some seconds: less is done before other workers have started."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -216,9 +221,22 @@ def factorise(network: Network, cache: Path, notify: Notify = silent) -> tuple[F
 
 
 def settle(
-    network: Network, factors: Factors, failed: Mapping[str, str], cache: Path, notify: Notify = silent
+    network: Network,
+    factors: Factors,
+    failed: Mapping[str, str],
+    cache: Path,
+    notify: Notify = silent,
+    map: Map = builtins.map,
 ) -> Setting:
     """Price the candidates and score the dense network: the setting of a new search.
+
+    Args:
+        network: the dense network with its data.
+        factors: as :func:`factorise` gives them, as is ``failed``.
+        failed: layers that could not be decomposed, with the reason.
+        cache: folder of the cache.
+        notify: told what is being done.
+        map: measures prices in parallel where that takes long; the setting does not depend on it.
 
     Raises:
         BudgetError, SpaceError: no candidate meets the budget, or no layer has one.
@@ -229,7 +247,7 @@ def settle(
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
     if READ_PRICES & strategies and space.strategy.price != PREDICTED:
-        table = _measured(network, table, factors, cache, notify)
+        table = _measured(network, table, factors, cache, notify, map)
     notify("scoring the dense network", 0, 1)
     device, batch = device_of(space), space.evaluation.batch_images
     search = score(network.model, network.data.search, network.data, batch_images=batch, device=device)
@@ -253,11 +271,14 @@ def settle(
     )
 
 
-def _measured(network: Network, table: PriceTable, factors: Factors, cache: Path, notify: Notify) -> PriceTable:
+def _measured(
+    network: Network, table: PriceTable, factors: Factors, cache: Path, notify: Notify, map: Map
+) -> PriceTable:
     """The table with the price that the space names, measured on the first calibration images."""
     space, data, device = network.space, network.data, device_of(network.space)
     count = space.strategy.price_images
     images = data.calibration[:count]
+    macs = sum(len(layer.candidates) for layer in table.layers) * len(images) * table.dense_macs
     found = measure(
         network.model,
         table,
@@ -266,9 +287,10 @@ def _measured(network: Network, table: PriceTable, factors: Factors, cache: Path
         torch.tensor(data.train.labels[: len(images)]),
         kind=kinds(space)[-1],
         prices=[cast(Price, space.strategy.price)],
-        threads=torch.get_num_threads(),
+        threads=space.resources.cpus_per_trial,
         stabiliser=space.stabilise,
         cache=cache,
+        map=map if macs >= _PARALLEL_MACS else builtins.map,
         progress=lambda done, total: notify("measuring prices", done, total),
     )
     return with_prices(table, found)

@@ -229,7 +229,7 @@ class ResourcesSpec(Section):
     engine: Literal["local", "ray"] = "local"
     """``local``: in this process, one trial after the other. ``ray``: in parallel on Ray workers."""
     workers: Positive | None = None
-    """Trials at once on Ray; as many as fit by default."""
+    """Trials at once on Ray, as many as fit by default; with ``local`` the processes that measure prices."""
     cpus_per_trial: Positive = 1
     """CPU threads of a trial. Results depend on it in the last bits, so it does not follow the machine."""
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0

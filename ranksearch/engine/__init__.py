@@ -6,8 +6,10 @@ how often one is tried is the source's business; an engine only promises that ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import builtins
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Signal, Task
@@ -61,6 +63,21 @@ def build_engine(spec: ResourcesSpec) -> Engine:
     from ranksearch.engine.local import LocalEngine
 
     return LocalEngine()
+
+
+def build_map(spec: ResourcesSpec) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
+    """A ``map`` that works as trials would: on Ray workers, or on processes of this machine; a local GPU is not shared.
+
+    The function is sent to every worker once, and is called there for one item after the other.
+    """
+    if spec.engine == "ray":
+        from ranksearch.engine.actors import over_actors
+
+        return over_actors(spec)
+    from ranksearch.engine.pool import over_processes
+
+    cpus = os.cpu_count() or 1
+    return builtins.map if spec.gpus_per_trial else over_processes(spec.workers or cpus // spec.cpus_per_trial)
 
 
 def attempt(evaluate: Evaluate, task: Task) -> Outcome | Failure:

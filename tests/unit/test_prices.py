@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ranksearch import measurement
 from ranksearch.calibration import collect
 from ranksearch.config import parse_space
 from ranksearch.decompositions import FORMATS, Kind, chain
 from ranksearch.downstream import Traced, Whole, opened
+from ranksearch.engine.pool import over_processes
 from ranksearch.errors import DataError, ModelError
 from ranksearch.models.cifar_resnet import CifarResNet
 from ranksearch.models.digits_cnn import digits_cnn
@@ -307,11 +307,43 @@ def test_numbers_are_the_same_for_any_map(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_numbers_are_the_same_from_a_process_pool(tmp_path: Path) -> None:
+def test_numbers_are_the_same_from_other_processes(tmp_path: Path) -> None:
     net, images = network("resnet-A")
     case = priced(net, images, tmp_path)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        assert case.measured(map=pool.map) == case.measured()
+    assert case.measured(map=over_processes(2)) == case.measured()
+
+
+def test_what_a_map_calls_keeps_network_and_candidates_for_its_next_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, images = network("small")
+    case = priced(net, images, tmp_path)
+    made: list[Any] = []
+    build = measurement.build_layer
+    monkeypatch.setattr(measurement, "build_layer", lambda *given: (made.append(given), build(*given))[1])
+    case.measured()
+    assert len(made) == sum(not c.dense for layer in case.table.layers for c in layer.candidates)
+
+
+def test_an_error_ends_the_other_workers_before_it_is_raised(tmp_path: Path) -> None:
+    net, images = network("small")
+    case, told = priced(net, images, tmp_path), []
+
+    def noting(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        try:
+            yield from map(work, items)
+        finally:
+            told.append("ended")
+
+    def interrupted(done: int, total: int) -> None:
+        told.append(f"{done} of {total}")
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        case.measured(map=noting, progress=interrupted)
+    total = len(case.table.layers) + 5
+    assert (told, caught.type) == ([f"1 of {total}", f"2 of {total}", "ended"], KeyboardInterrupt)
 
 
 def test_the_cache_spares_all_work_and_survives_damage(tmp_path: Path) -> None:
