@@ -3,15 +3,15 @@
 Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.price_measurement``, the folder as
 ``search_spaces/resnet20-cifar10.yaml`` describes it. Each of the 18 layers gets 24 candidates, 12 ranks of ``tucker2``
 and 12 of ``spatial-svd``, spread evenly over the ranks that cost less than dense; 1,024 training images, float32, two
-processes of one thread. Ours measures all six prices of all candidates, the processes started for it, then only those
-that need nothing downstream (``weight``, ``output``, ``second-order``), then only the peer's, on a quarter of the
-images and scaled up, with what every process makes once counted four times. The peer takes each candidate alone: decompose the layer afresh, exchange
-it, run the whole network, compare outputs (divergence, loss and drop only); it is timed on a random sample of the
-candidates, one half before ours and the other after, and scaled up. Both sides have the statistics of the layers given
-and run the same batches, channels-last, and their prices are compared. tensorly's ``partial_tucker`` instead of our
-decomposition is timed for information. Processor seconds bear other work on the machine better than wall seconds; over
-two they are the wall seconds of an idle machine. Exits with 1 where these are over 180 for ours, or where ours is not
-twice as fast.
+processes of one thread. Ours measures all six prices of all candidates, the processes started for it; then only those
+that need nothing downstream (``weight``, ``output``, ``second-order``); then only the peer's, on a quarter of the
+images and scaled up, so that what every process makes once is counted four times. The peer takes each candidate alone:
+decompose the layer afresh, exchange it, run the whole network, compare outputs (divergence, loss and drop only); it is
+timed on a random sample of the candidates, one half before ours and the other after, and scaled up. Both sides have the
+statistics of the layers given and run the same batches, channels-last, and their prices are compared. tensorly's
+``partial_tucker`` instead of our decomposition is timed for information. Processor seconds bear other work on the
+machine better than wall seconds; over two they are the wall seconds of an idle machine. Exits with 1 where these are
+over 180 for ours, or where ours is not twice as fast.
 
 What can be had at most: the network downstream of a layer is 0.47 of this network on average, and convolutions run at
 the processor's speed, so the ratio is bounded by about 2.9, of which the candidates themselves and what is compared
