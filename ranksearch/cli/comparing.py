@@ -24,7 +24,10 @@ def compare(
     context: typer.Context,
     space: SpaceFile,
     strategies: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Strategies; optuna:tpe names a sampler.", show_default=False)
+        str,
+        typer.Option(
+            metavar="A,B,...", help="Strategies; optuna:tpe, knapsack@loss: sampler, price.", show_default=False
+        ),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the space's on.")] = 3,
     targets: Annotated[

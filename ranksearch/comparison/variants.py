@@ -12,6 +12,7 @@ from ranksearch.errors import Problem, SpaceError, StudyError
 from ranksearch.launch import read_space
 from ranksearch.rankmap import RankMap
 from ranksearch.space import PinnedSpec, Space, StrategySpec
+from ranksearch.strategies import READ_PRICES, STRATEGIES
 from ranksearch.study import Study
 
 _WITH_SAMPLER = "optuna"
@@ -27,7 +28,7 @@ class Variant:
     """One row of a comparison."""
 
     label: str
-    """What it is called: a strategy, ``optuna:sampler``, or the name that the user gave to rank maps."""
+    """What it is called: a strategy, ``optuna:sampler``, ``strategy@price``, or what the user calls rank maps."""
     spec: StrategySpec
     """How it proposes."""
     trials: int | None = None
@@ -54,7 +55,7 @@ def variants_of(space: Space, strategies: Sequence[str], maps: Mapping[str, Sequ
 
     Args:
         space: what is searched.
-        strategies: names; ``optuna:sampler`` names a sampler.
+        strategies: names; ``optuna:sampler`` names a sampler, ``strategy@price`` the price that it reckons with.
         maps: row name to files of rank maps.
 
     Raises:
@@ -62,11 +63,16 @@ def variants_of(space: Space, strategies: Sequence[str], maps: Mapping[str, Sequ
     """
     found, problems = [], []
     for i, label in enumerate(strategies):
-        name, colon, sampler = label.partition(":")
-        variant = Variant(label=label, spec=_spec(space.strategy, name, sampler or None))
+        named, at, price = label.partition("@")
+        name, colon, sampler = named.partition(":")
+        spec = _spec(space.strategy, name, sampler or None)
+        variant = Variant(label=label, spec=spec.model_copy(update={"price": price} if at else {}))
         found.append(variant)
         if colon and name != _WITH_SAMPLER:
             rule, remedy = f"only `{_WITH_SAMPLER}` takes a sampler", f"Name `{name}` alone."
+            problems.append(Problem(address=f"strategies[{i}]", rule=rule, value=repr(label), remedy=remedy))
+        elif at and name in STRATEGIES and name not in READ_PRICES:
+            rule, remedy = f"only {', '.join(sorted(READ_PRICES))} take a price", f"Name `{named}` alone."
             problems.append(Problem(address=f"strategies[{i}]", rule=rule, value=repr(label), remedy=remedy))
         else:
             problems += _unknown(space, variant, f"strategies[{i}]")
@@ -119,7 +125,8 @@ def _unknown(space: Space, variant: Variant, address: str) -> list[Problem]:
     try:
         read_space(variant.space(space, space.seed, ()))
     except SpaceError as error:
-        names = {"$.strategy.name": address, "$.strategy.sampler": address, "$.strategy.price": "$.strategy.price"}
+        price = "$.strategy.price" if variant.spec.price == space.strategy.price else address
+        names = {"$.strategy.name": address, "$.strategy.sampler": address, "$.strategy.price": price}
         return [replace(p, address=names[p.address]) for p in error.problems if p.address in names]
     return []
 

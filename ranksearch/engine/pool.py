@@ -156,10 +156,14 @@ class _Process:
 def serve(connection: Connection) -> None:
     """Answer items until the connection ends; runs in a process of the pool."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves blocks in order: no half-written file stays
-    with suppress(EOFError, OSError):
+    try:
         work = _unpickled(connection.recv_bytes())
         while True:
             connection.send_bytes(answer(work, connection.recv()))
+    except (EOFError, OSError):
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while Python shuts down, an exit would be an error
 
 
 def _unpickled(content: bytes) -> Work:

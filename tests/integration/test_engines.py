@@ -20,13 +20,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from ranksearch.engine import Engine, build_engine
+from ranksearch.engine import Engine, build_engine, build_map
 from ranksearch.engine.resources import check
 from ranksearch.errors import EngineError, StudyError
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Signal, Task
 from tests.conftest import REPOSITORY
 from tests.tables import price_table, table_outcome
+from tests.unit.test_prices import network, priced
 
 pytestmark = pytest.mark.xdist_group("ray")
 TABLE = price_table(layers=6, candidates=8)
@@ -329,6 +330,47 @@ def test_a_cluster_too_small_for_one_trial(tmp_path: Path, cluster: str) -> None
     spec = ResourcesSpec(engine="ray", cpus_per_trial=1000, address=cluster)
     with pytest.raises(EngineError, match=r"needs 1000 CPUs .* has 2 .*Lower resources\.cpus_per_trial"):
         build_engine(spec).run(Factory(folder=tmp_path), Batches(4, 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """Halves numbers, with accidents; leaves a file for every process that reads it."""
+
+    folder: Path
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__dict__.update(state)
+        (self.folder / f"read-{os.getpid()}").touch()
+
+    def __call__(self, item: int) -> float:
+        if item == -1:
+            raise StudyError("a number must not be negative")
+        if item == -2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item / 2
+
+
+@pytest.mark.slow
+def test_a_map_over_ray_workers(tmp_path: Path, cluster: str) -> None:
+    parallel = build_map(ResourcesSpec(engine="ray", workers=2, address=cluster))
+    assert list(parallel(Halving(folder=tmp_path), range(20))) == [i / 2 for i in range(20)]
+    readers = {path.name for path in tmp_path.iterdir()}
+    assert len(readers) == 2
+    assert f"read-{os.getpid()}" not in readers
+    with pytest.raises(StudyError, match=r"^a number must not be negative$"):
+        list(parallel(Halving(folder=tmp_path), [1, 2, -1, 3]))
+    with pytest.raises(EngineError, match=r"died.*Where memory is short, lower"):
+        list(parallel(Halving(folder=tmp_path), [1, 2, -2, 3]))
+    with pytest.raises(EngineError, match=r"needs 1000 CPUs"):
+        list(
+            build_map(ResourcesSpec(engine="ray", cpus_per_trial=1000, address=cluster))(Halving(folder=tmp_path), [1])
+        )
+
+
+@pytest.mark.slow
+def test_prices_from_ray_workers_are_those_of_this_process(tmp_path: Path, cluster: str) -> None:
+    case = priced(*network("small"), tmp_path)
+    assert case.measured(map=build_map(ResourcesSpec(engine="ray", workers=2, address=cluster))) == case.measured()
 
 
 PROGRAM = """

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from scipy.special import log_softmax
 from torch import nn
 
+from ranksearch import preparation
 from ranksearch.config import parse_space
 from ranksearch.data import Data, to_input
 from ranksearch.data.splits import without_duplicates
@@ -243,6 +244,25 @@ def test_trials_beyond_the_limits_are_not_scored_on_the_report_images(bench: Ben
     kept = limited(replace(task, keep=True))
     assert kept.accuracy is not None
     assert [file.name for file in bench.weights_folder.iterdir()] == [kept.weights]
+
+
+def test_prices_are_measured_by_the_map_where_that_takes_long(
+    prepared: tuple[Network, Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = replace(prepared[0], space=parse_space(SPACE | {"strategy": {"name": "greedy", "price": "loss"}}))
+    factors, failed = factorise(network, tmp_path / "cache")
+    sent: list[Any] = []
+
+    def counted(work: Any, items: Any) -> list[Any]:
+        sent.extend(items)
+        return [work(item) for item in sent]
+
+    here = settle(network, factors, failed, tmp_path / "here", map=counted)
+    assert not sent, "as long as other workers would take to start"
+    assert all(dict(c.prices).keys() == {"loss"} for layer in here.table.layers for c in layer.candidates)
+    monkeypatch.setattr(preparation, "_PARALLEL_MACS", 1.0)
+    assert settle(network, factors, failed, tmp_path / "there", map=counted) == here
+    assert [len(batch) for batch in sent] == [32, 32, 32, 4], "the 100 calibration images"
 
 
 def test_a_study_goes_on_with_its_own_images_only(prepared: tuple[Network, Bench], tmp_path: Path) -> None:

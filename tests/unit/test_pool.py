@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -39,6 +40,7 @@ class Work:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         (self.folder / f"read-{os.getpid()}-{time.monotonic_ns()}").touch()
+        atexit.register(time.sleep, 0.5)  # the shutdown of a process that has imported much takes as long
 
     def __call__(self, item: int) -> tuple[int, int, int]:
         self.calls += 1
