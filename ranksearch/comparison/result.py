@@ -13,7 +13,7 @@ from math import isnan, nan
 from typing import TYPE_CHECKING, Any, cast
 
 from ranksearch.errors import BudgetError
-from ranksearch.export import choose
+from ranksearch.export import choose, rank_map_of
 from ranksearch.study import INTERRUPTED, Study
 from ranksearch.trial import Outcome, Trial
 
@@ -206,8 +206,8 @@ def chosen(study: Study, target: float) -> Trial | None:
 
 def choice_of(study: Study, trial: Trial) -> Choice:
     """What a trial made of every layer."""
-    picked = study.setting.table.picked(trial.proposal.choices)
-    return frozenset((name, one.format, one.ranks) for name, one in picked.items() if not one.dense)
+    layers = rank_map_of(study, trial).layers
+    return frozenset((name, layer.format, layer.ranks) for name, layer in layers.items())
 
 
 def _cell(study: Study, target: float, after: Mapping[Choice, float]) -> Cell:

@@ -133,6 +133,15 @@ def test_weights_and_report_score_only_of_what_may_be_on_the_front(bench: Bench)
     assert sorted(path.name for path in bench.weights_folder.iterdir()) == [first.weights, third.weights]
 
 
+def test_a_space_may_ask_for_the_report_score_of_every_trial(bench: Bench) -> None:
+    task = Task(number=3, choices=cheapest(bench), seed=0)
+    first = Evaluator(bench)(task)
+    beaten = replace(task, number=4, incumbents=((-first.accuracy_search, float(first.macs)),))
+    outcome = Evaluator(under(bench, report="all"))(beaten)
+    assert (outcome.accuracy, outcome.report_images, outcome.weights) == (first.accuracy, 100, None)
+    assert [path.name for path in bench.weights_folder.iterdir()] == [first.weights]
+
+
 def test_an_evaluator_carries_nothing_from_task_to_task(bench: Bench) -> None:
     tuned = under(bench, fine_tune={"steps": 4, "batch_images": 32})
     warm, fresh = Evaluator(tuned), Evaluator(tuned)

@@ -14,8 +14,9 @@ from torch import nn
 
 from ranksearch.calibration import collect
 from ranksearch.config import parse_space
+from ranksearch.conv import Conv
 from ranksearch.decompositions import FORMATS, Statistics, error, max_rank, stages
-from ranksearch.errors import BudgetError, DecompositionError, SpaceError
+from ranksearch.errors import BudgetError, DecompositionError, RankMapError, SpaceError
 from ranksearch.factors import store
 from ranksearch.models.cifar_resnet import resnet20
 from ranksearch.pricing import Factors, Selection, decompose, price, select
@@ -174,6 +175,29 @@ def test_candidates_are_those_that_no_other_beats(tmp_path: Path) -> None:
                 offered.add((float(macs), error(FORMATS[form], layer.conv, prepared, ranks)))
         cheaper = oracles.unbeaten([p for p in offered if p[0] < layer.conv.macs]) | {(float(layer.conv.macs), 0.0)}
         assert [(c.macs, c.error) for c in layer.candidates] == sorted(cheaper)
+
+
+def test_the_ranks_of_a_users_map_are_candidates_beside_all_others(tmp_path: Path) -> None:
+    net = small_net()
+    table, selection, factors = priced(space_of(), net, SmallNet.shape, tmp_path)
+    name, conv = next((layer.name, layer.conv) for layer in table.layers if conv_takes_tucker2(layer.conv))
+    given = (max_rank(FORMATS["tucker2"], conv)[0], 1)  # one channel out: any other candidate beats it
+    known = next(layer.candidates for layer in table.layers if layer.name == name)
+    assert given not in {c.ranks for c in known if c.format == "tucker2"}
+    theirs = rank_map(table, table.dense, SmallNet.shape)
+    layer = LayerRanks(format="tucker2", ranks=given, conv=conv.to_json(), macs=1, params=1)
+    wider, _ = price(space_of(), selection, factors, [theirs.model_copy(update={"layers": {name: layer}})])
+    for before, after in zip(table.layers, wider.layers, strict=True):
+        fresh = [c for c in after.candidates if c not in before.candidates]
+        assert [(c.format, c.ranks) for c in fresh] == ([("tucker2", given)] if before.name == name else [])
+        assert [c for c in after.candidates if c not in fresh] == list(before.candidates)
+    impossible = layer.model_copy(update={"ranks": (1000, 1)})
+    with pytest.raises(RankMapError, match=rf"tucker2 \(1000, 1\) for {name}.*Remove the map"):
+        price(space_of(), selection, factors, [theirs.model_copy(update={"layers": {name: impossible}})])
+
+
+def conv_takes_tucker2(conv: Conv) -> bool:
+    return not conv.linear and conv.kernel != (1, 1) and conv.groups == 1
 
 
 def test_ranks_are_rounded_up_to_a_multiple_within_the_bound(tmp_path: Path) -> None:
