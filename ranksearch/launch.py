@@ -175,7 +175,8 @@ def rebuild(study: Study, trial: Trial, store: Store, folder: Path, notify: Noti
     """Evaluate a trial again from its seed: the same network bit for bit, its weights kept in ``folder``."""
     _, bench = bench_of(study, store, notify)
     notify("building the trial again", 0, 1)
-    return Evaluator(replace(bench, weights_folder=folder))(replace(task_of(study, trial, ()), keep=True))
+    bench = replace(bench, weights_folder=folder, checkpoints_folder=folder)
+    return Evaluator(bench)(replace(task_of(study, trial, ()), keep=True))
 
 
 def _all_threads() -> int:
@@ -183,7 +184,13 @@ def _all_threads() -> int:
 
 
 def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
-    return build_strategy(space.strategy, seed=space.seed, objectives=tuple(space.objectives), seed_choices=choices)
+    return build_strategy(
+        space.strategy,
+        seed=space.seed,
+        objectives=tuple(space.objectives),
+        seed_choices=choices,
+        formats=space.formats,
+    )
 
 
 def seed_choices(setting: Setting) -> list[tuple[int, ...]]:

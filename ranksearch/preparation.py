@@ -23,7 +23,7 @@ from ranksearch.calibration import collect, sample_outputs
 from ranksearch.conv import Conv
 from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
-from ranksearch.errors import DataError, ModelError, StudyError
+from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import content_hash, store
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
@@ -32,10 +32,10 @@ from ranksearch.pricing import Factors, Selection, decompose, kinds, price, sele
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import DataSpec, Space
 from ranksearch.spectra import with_spectra
-from ranksearch.strategies import READ_PRICES, READ_SPECTRA
+from ranksearch.strategies import READ_PRICES, READ_SPECTRA, RUN_FUNNELS
 from ranksearch.study import Setting
 from ranksearch.surgery import channels_last, count_macs, count_params
-from ranksearch.table import PREDICTED, PriceTable
+from ranksearch.table import GATEABLE, PREDICTED, PriceTable
 from ranksearch.training import computes_bfloat16, steps_of
 
 Notify = Callable[[str, int, int], None]
@@ -226,6 +226,8 @@ def settle(
     space, selection = network.space, network.selection
     table, dear = price(space, selection, factors)
     strategies = {space.strategy.name, *space.strategy.seeds}
+    if RUN_FUNNELS & strategies:
+        _check_gateable(space, table)
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
     if READ_PRICES & strategies and space.strategy.price != PREDICTED:
@@ -253,6 +255,20 @@ def settle(
     )
 
 
+def _check_gateable(space: Space, table: PriceTable) -> None:
+    """Raise :class:`SpaceError` where no searched layer has a candidate that a funnel run can gate."""
+    wanted = space.strategy.options.get("format") if space.strategy.name in RUN_FUNNELS else None
+    if table.gated([wanted] if wanted else space.formats) == table.dense:
+        found = sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense})
+        problem = Problem(
+            address="$.formats",
+            rule="a funnel run needs a layer without groups with a candidate whose ranks are its stages' channels",
+            value=f"candidates in {', '.join(found)}",
+            remedy=f"Add one of {', '.join(GATEABLE)}, widen layers.include, or take another strategy.",
+        )
+        raise SpaceError(space.name or "space", [problem])
+
+
 def _measured(network: Network, table: PriceTable, factors: Factors, cache: Path, notify: Notify) -> PriceTable:
     """The table with the price that the space names, measured on the first calibration images."""
     space, data, device = network.space, network.data, device_of(network.space)
@@ -276,10 +292,13 @@ def _measured(network: Network, table: PriceTable, factors: Factors, cache: Path
 
 def _fine_tuning_dtype(network: Network) -> str:
     """Settled once a search by the hardware: a stopwatch might answer differently for the next trial."""
-    spec = network.space.evaluation.fine_tune
-    if not steps_of(spec, len(network.data.train)) or spec.dtype != "auto":
+    space, spec = network.space, network.space.evaluation.fine_tune
+    trained = steps_of(spec, len(network.data.train)) > 0 or bool(
+        RUN_FUNNELS & {space.strategy.name, *space.strategy.seeds}
+    )
+    if not trained or spec.dtype != "auto":
         return "float32" if spec.dtype == "auto" else spec.dtype
-    return "bfloat16" if computes_bfloat16(device_of(network.space)) else "float32"
+    return "bfloat16" if computes_bfloat16(device_of(space)) else "float32"
 
 
 def versions() -> dict[str, str]:
@@ -336,5 +355,6 @@ def make_bench(
         logits=torch.cat(logits).cpu().numpy(),
         dtype=setting.dtype,
         weights_folder=weights_folder,
+        checkpoints_folder=weights_folder.parent / "checkpoints",
         cache=cache,
     )

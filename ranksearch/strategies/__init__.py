@@ -1,19 +1,19 @@
 """Strategies: arithmetic on the price table and the trials so far, which says what to try next.
 
 To add one, write a frozen dataclass with ``propose`` in a file of this folder, whose answer depends on nothing but its
-own fields and the arguments, and which never proposes choices that a trial had before; where it only picks rank maps
-off the price table, a ``Rule`` of ``ladder.py`` is enough. Add a function that makes it from the space's ``strategy``
-section to ``STRATEGIES``. Add it to the table in
+own fields and the arguments, and which never proposes choices (of a funnel run: with settings) that a trial had
+before; where it only picks rank maps off the price table, a ``Rule`` of ``ladder.py`` is enough. Add a function that
+makes it from the space's ``strategy`` section to ``STRATEGIES``. Add it to the table in
 ``tests/conformance/test_strategies.py``, which then tests everything a strategy must keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
@@ -30,10 +30,22 @@ from ranksearch.strategies.lc import Lc
 from ranksearch.strategies.random import Random
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.strategies.water_filling import WaterFilling
-from ranksearch.table import MEASURED, PREDICTED, PriceTable
+from ranksearch.table import GATEABLE, MEASURED, PREDICTED, PriceTable
 from ranksearch.trial import Proposal, Signal, Trial
 
-__all__ = ["READ_PRICES", "READ_SPECTRA", "STRATEGIES", "USER", "Strategy", "build_strategy"]
+if TYPE_CHECKING:
+    from ranksearch.strategies.asking import Asker
+
+__all__ = [
+    "DEFAULT_SAMPLERS",
+    "READ_PRICES",
+    "READ_SPECTRA",
+    "RUN_FUNNELS",
+    "STRATEGIES",
+    "USER",
+    "Strategy",
+    "build_strategy",
+]
 
 USER = "user"
 """Origin of the proposals that are the user's own rank maps."""
@@ -54,20 +66,36 @@ class Strategy(Protocol):
 
 Built = TypeVar("Built")
 
-Maker = Callable[[StrategySpec, int, tuple[str, ...]], Strategy]
-"""Makes a strategy from the space's section, the seed and the objectives; raises SpaceError."""
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What a strategy is told of its search, beside its own section of the space."""
+
+    seed: int
+    objectives: tuple[str, ...]
+    """Names of the trials' values, in their order."""
+    targets: tuple[float, ...] = ()
+    """Shares of the dense network's MACs that the search is after."""
+    formats: tuple[str, ...] = ()
+    """The space's formats; empty where they are not known."""
+
+
+Maker = Callable[[StrategySpec, Frame], Strategy]
+"""Makes a strategy from the space's section; raises SpaceError."""
 
 
 def _ladder(kind: type[Rule]) -> Maker:
     """The maker of a rule's ladder."""
-    return lambda spec, seed, objectives: Ladder(rule=_built(kind, spec, objectives))
+    return lambda spec, frame: Ladder(rule=_built(kind, spec, frame))
 
 
-def _built(kind: type[Built], spec: StrategySpec, objectives: tuple[str, ...], **given: Any) -> Built:
+def _built(kind: type[Built], spec: StrategySpec, frame: Frame, **given: Any) -> Built:
     """``kind`` with the spec's options for its fields, but for those ``given``.
 
-    A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs.
+    A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs; a
+    field ``targets`` is the frame's where that has some.
     """
+    objectives = frame.objectives
     fields = signature(kind).parameters
     taken = [name for name in fields if name not in ("price", *given)]
     if spec.options and not taken:
@@ -78,6 +106,8 @@ def _built(kind: type[Built], spec: StrategySpec, objectives: tuple[str, ...], *
         given["price"] = spec.price
     if "cost" in taken and "params" in objectives and "macs" not in objectives:
         given["cost"] = "params"
+    if "targets" in taken and frame.targets:
+        given["targets"] = frame.targets
     if not problems:
         try:
             return kind(**(given | spec.options))
@@ -87,30 +117,57 @@ def _built(kind: type[Built], spec: StrategySpec, objectives: tuple[str, ...], *
     raise SpaceError("space", problems)
 
 
-def _alds(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    return _built(Alds, spec, objectives, seed=seed)
+def _alds(spec: StrategySpec, frame: Frame) -> Strategy:
+    return _built(Alds, spec, frame, seed=frame.seed)
 
 
-def _greedy_multi_step(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    return _built(GreedyMultiStep, spec, objectives, batch=spec.batch)
+def _greedy_multi_step(spec: StrategySpec, frame: Frame) -> Strategy:
+    return _built(GreedyMultiStep, spec, frame, batch=spec.batch)
 
 
-def _random(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
-    return _built(Random, spec, objectives, seed=seed)
+def _random(spec: StrategySpec, frame: Frame) -> Strategy:
+    return _built(Random, spec, frame, seed=frame.seed)
 
 
-def _optuna(spec: StrategySpec, seed: int, objectives: tuple[str, ...]) -> Strategy:
+def _optuna(spec: StrategySpec, frame: Frame) -> Strategy:
+    from ranksearch.strategies.optuna import NAME, Optuna
+
+    return Optuna(asker=_asker(NAME, spec.sampler or DEFAULT_SAMPLERS[NAME], spec.options, frame))
+
+
+def _funnel(spec: StrategySpec, frame: Frame) -> Strategy:
+    from ranksearch.strategies.funnel import NAME, FunnelSearch
+
+    # As a seed it leaves the sampler to the strategy that it seeds: that one's may be for whole numbers only.
+    named = spec.sampler if spec.name == NAME else None
+    asker = _asker(NAME, named or DEFAULT_SAMPLERS[NAME], {}, frame)
+    made = _built(FunnelSearch, spec, frame, asker=asker, formats=frame.formats or GATEABLE)
+    try:
+        made.check_sampler()
+    except ValueError as error:
+        rule, remedy = f"the sampler must be for real numbers and categories ({error})", "Take another, such as `tpe`."
+        raise SpaceError("space", [_problem("sampler", rule, repr(named), remedy)]) from error
+    wanted = [made.format] if made.format else list(GATEABLE)
+    if frame.formats and not set(wanted) & set(frame.formats):
+        rule = "a funnel run needs a format whose ranks are the channels between its stages"
+        remedy = f"Add {' or '.join(f'`{name}`' for name in wanted)}."
+        problem = Problem(address="$.formats", rule=rule, value=", ".join(frame.formats), remedy=remedy)
+        raise SpaceError("space", [problem])
+    return made
+
+
+def _asker(origin: str, name: str, options: Mapping[str, Any], frame: Frame) -> Asker:
     # Optuna is imported only by searches that use it.
-    from ranksearch.strategies.optuna import Optuna
+    from ranksearch.strategies.asking import Asker
     from ranksearch.strategies.samplers import DEFAULTS, check_options, find_sampler
 
-    sampler = find_sampler(spec.sampler)
+    sampler = find_sampler(name)
     if isinstance(sampler, Problem):
         raise SpaceError("space", [sampler])
-    if problems := check_options(sampler, spec.options):
+    if problems := check_options(sampler, options):
         raise SpaceError("space", problems)
-    options = DEFAULTS.get(spec.sampler, {}) | spec.options
-    return Optuna(sampler=sampler, options=options, seed=seed, objectives=objectives)
+    known = DEFAULTS.get((origin, name), {}) | dict(options)
+    return Asker(origin=origin, sampler=sampler, options=known, seed=frame.seed, objectives=frame.objectives)
 
 
 STRATEGIES: dict[str, Maker] = {
@@ -126,8 +183,15 @@ STRATEGIES: dict[str, Maker] = {
     "knapsack": _ladder(Knapsack),
     "random": _random,
     "optuna": _optuna,
+    "funnel": _funnel,
 }
 """The strategies by their names in a space file."""
+
+DEFAULT_SAMPLERS = {"optuna": "nsga2", "funnel": "tpe"}
+"""Optuna's sampler of the strategies that ask one, where the space names none."""
+
+RUN_FUNNELS = frozenset({"funnel"})
+"""Strategies whose trials are funnel runs."""
 
 READ_PRICES = frozenset({"knapsack", "greedy", "lc", "eps"})
 """Strategies that reckon with the price that the space names."""
@@ -162,7 +226,13 @@ class _Seeded:
 
 
 def build_strategy(
-    spec: StrategySpec, *, seed: int, objectives: tuple[str, ...], seed_choices: Sequence[tuple[int, ...]] = ()
+    spec: StrategySpec,
+    *,
+    seed: int,
+    objectives: tuple[str, ...],
+    seed_choices: Sequence[tuple[int, ...]] = (),
+    targets: Sequence[float] = (),
+    formats: Sequence[str] = (),
 ) -> Strategy:
     """The strategy of a space file: it never proposes the same rank map twice.
 
@@ -171,24 +241,29 @@ def build_strategy(
         seed: the search's seed.
         objectives: names of the trials' values, in their order.
         seed_choices: the user's own rank maps as indices of the table's candidates; they are tried first.
+        targets: shares of the dense network's MACs that the search is after, for strategies that aim at some.
+        formats: the space's formats, where they are known.
 
     Raises:
-        SpaceError: an unknown strategy or sampler, or options that it does not take.
+        SpaceError: an unknown strategy or sampler, options that it does not take, or formats that it cannot use.
     """
     named = {"$.strategy.name": spec.name} | {f"$.strategy.seeds[{i}]": name for i, name in enumerate(spec.seeds)}
     problems = [_unknown(address, name) for address, name in named.items() if name not in STRATEGIES]
     plain = spec.model_copy(update={"options": {}})
+    frame = Frame(seed=seed, objectives=objectives, targets=tuple(targets), formats=tuple(formats))
+    names = [name for name in dict.fromkeys(spec.seeds) if spec.name in _SEEDED and name != spec.name]
+    seeds: dict[str, Strategy] = {}
     try:
         # An unknown strategy may have been meant to be Optuna's: its sampler is checked too, to tell all at once.
-        main = STRATEGIES[spec.name](spec, seed, objectives) if spec.name in STRATEGIES else _optuna(plain, seed, ())
+        main = STRATEGIES[spec.name](spec, frame) if spec.name in STRATEGIES else _optuna(plain, frame)
+        seeds = {name: STRATEGIES[name](plain, frame) for name in names if name in STRATEGIES}
     except SpaceError as error:
         problems += error.problems
     if problems:
         raise SpaceError("space", problems)
-    names = [name for name in dict.fromkeys(spec.seeds) if spec.name in _SEEDED and name != spec.name]
     return _Seeded(
         user=tuple(dict.fromkeys(tuple(choices) for choices in seed_choices)),
-        seeds=tuple((name, STRATEGIES[name](plain, seed, objectives)) for name in names),
+        seeds=tuple(seeds.items()),
         seed_points=spec.seed_points,
         main=main,
     )
