@@ -29,7 +29,7 @@ from ranksearch.preparation import versions
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import BudgetSpec, ModelSpec, ResourcesSpec, Space, StrategySpec
 from ranksearch.storage import Store
-from ranksearch.strategies import build_strategy
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.study import Setting
 from ranksearch.table import PriceTable
 from ranksearch.tracking import Tracker, View
@@ -110,7 +110,7 @@ def recorded(table: PriceTable, trials: int, folder: Path, tracked: bool) -> tup
         versions={},
     )
     study = Store(folder).create("overhead", setting)
-    strategy = build_strategy(space.strategy, seed=space.seed, objectives=tuple(space.objectives))
+    strategy = build_strategy(space.strategy, Terms(seed=space.seed, objectives=tuple(space.objectives)))
     if not tracked:
         return Driver(study, strategy), nothing
     tracker = Tracker(space.tracking, folder=folder)

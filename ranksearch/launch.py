@@ -21,7 +21,7 @@ from ranksearch.pricing import unknown_formats
 from ranksearch.rankmap import RankMap
 from ranksearch.space import Space
 from ranksearch.storage import Store
-from ranksearch.strategies import Strategy, build_strategy
+from ranksearch.strategies import Strategy, Terms, build_strategy
 from ranksearch.study import Setting, Study
 from ranksearch.table import PriceTable
 from ranksearch.trial import Outcome, Trial
@@ -184,13 +184,13 @@ def _all_threads() -> int:
 
 
 def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
-    return build_strategy(
-        space.strategy,
+    terms = Terms(
         seed=space.seed,
         objectives=tuple(space.objectives),
-        seed_choices=choices,
-        formats=space.formats,
+        targets=tuple(space.budget.targets),
+        formats=tuple(space.formats),
     )
+    return build_strategy(space.strategy, terms, seed_choices=choices)
 
 
 def seed_choices(setting: Setting) -> list[tuple[int, ...]]:

@@ -145,18 +145,12 @@ def decompose_layer(
     for i, name in enumerate(dict.fromkeys([*([form] if form else []), *wanted])):
         notify(f"decomposing {layer}", i, len(wanted) + bool(form))
         try:
-            bounds = max_rank(FORMATS[name], subject.conv)
-            if name == form and ranks is not None:
-                check_ranks(FORMATS[name], subject.conv, ranks)
+            _check(subject, layer, name, asked=name == form, ranks=ranks)
         except UnsupportedLayer as reason:
             if name == form:
-                raise UnsupportedLayer(
-                    f"{name} cannot factorise {layer}: {reason}. Choose another --format."
-                ) from reason
+                raise
             refused[name] = str(reason)
             continue
-        if name == form and ranks is None:
-            raise RankError(f"ranks of {name} must be given for {layer}, from {(1,) * len(bounds)} to {bounds}.")
         started = time.perf_counter()
         prepared = prepare(FORMATS[name], subject.conv, subject.weight, subject.statistics)
         seconds[name] = time.perf_counter() - started
@@ -233,6 +227,20 @@ def _find(model: nn.Module, layer: str, input_shape: Shape) -> Conv:
             f"a layer must be a convolution or linear layer of the network, found {layer!r}. Names are like {near}."
         )
     return found[layer]
+
+
+def _check(subject: _Subject, layer: str, name: str, *, asked: bool, ranks: Ranks | None) -> None:
+    """Raise UnsupportedLayer where a format is not for the layer, RankError for wrong ranks of that ``asked`` for."""
+    try:
+        bounds = max_rank(FORMATS[name], subject.conv)
+        if asked and ranks is not None:
+            check_ranks(FORMATS[name], subject.conv, ranks)
+    except UnsupportedLayer as reason:
+        if not asked:
+            raise
+        raise UnsupportedLayer(f"{name} cannot factorise {layer}: {reason}. Choose another --format.") from reason
+    if asked and ranks is None:
+        raise RankError(f"ranks of {name} must be given for {layer}, from {(1,) * len(bounds)} to {bounds}.")
 
 
 def _refuse_unknown(names: Sequence[str]) -> None:

@@ -144,6 +144,9 @@ class BudgetSpec(Section):
     """How many proposals to try; retries after an interruption are not counted."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall time after which no new trial starts."""
+    targets: list[Ratio] = []
+    """Shares of the dense network's MACs that matter most: strategies that can aim try these first, each with their
+    dearest rank map within it."""
     max_macs_ratio: Ratio | None = None
     """Trials with more MACs than this share of the dense network's are infeasible."""
     max_drop: Annotated[float, Field(ge=0)] | None = None
@@ -178,7 +181,8 @@ class StrategySpec(Section):
     measures as many moves at a time."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the strategy or, of ``optuna``, of its sampler. Of ``funnel``: ``targets`` (shares
-    of the dense MACs to end at; an empty list leaves them to strength and threshold), ``settle_steps``,
+    of the dense MACs to end at, by default those of the budget, or 0.5, 0.7 and 0.35; an empty list leaves the MACs to
+    strength and threshold), ``settle_steps``,
     ``penalty_steps``, ``weight_rate``, ``gate_rate``, ``penalty`` (``funnel``, ``l1``, ``l2``), ``mac_weighted``,
     ``scale_free``, ``format`` (of the gated layers; by default the first of ``formats`` that a layer can be gated in).
     """

@@ -44,6 +44,7 @@ __all__ = [
     "STRATEGIES",
     "USER",
     "Strategy",
+    "Terms",
     "build_strategy",
 ]
 
@@ -68,34 +69,33 @@ Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
-    """What a strategy is told of its search, beside its own section of the space."""
+class Terms:
+    """What a space asks of any strategy, beside the section that is its own."""
 
     seed: int
     objectives: tuple[str, ...]
     """Names of the trials' values, in their order."""
     targets: tuple[float, ...] = ()
-    """Shares of the dense network's MACs that the search is after."""
+    """Shares of the dense network's MACs that matter most."""
     formats: tuple[str, ...] = ()
     """The space's formats; empty where they are not known."""
 
 
-Maker = Callable[[StrategySpec, Frame], Strategy]
-"""Makes a strategy from the space's section; raises SpaceError."""
+Maker = Callable[[StrategySpec, Terms], Strategy]
+"""Makes a strategy from the space's section and its terms; raises SpaceError."""
 
 
 def _ladder(kind: type[Rule]) -> Maker:
     """The maker of a rule's ladder."""
-    return lambda spec, frame: Ladder(rule=_built(kind, spec, frame))
+    return lambda spec, terms: Ladder(rule=_built(kind, spec, terms), targets=terms.targets)
 
 
-def _built(kind: type[Built], spec: StrategySpec, frame: Frame, **given: Any) -> Built:
+def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) -> Built:
     """``kind`` with the spec's options for its fields, but for those ``given``.
 
     A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs; a
-    field ``targets`` is the frame's where that has some.
+    field ``targets`` is that of the terms where they have some.
     """
-    objectives = frame.objectives
     fields = signature(kind).parameters
     taken = [name for name in fields if name not in ("price", *given)]
     if spec.options and not taken:
@@ -104,10 +104,10 @@ def _built(kind: type[Built], spec: StrategySpec, frame: Frame, **given: Any) ->
     if "price" in fields:
         problems += _unknown_price(spec)
         given["price"] = spec.price
-    if "cost" in taken and "params" in objectives and "macs" not in objectives:
+    if "cost" in taken and "params" in terms.objectives and "macs" not in terms.objectives:
         given["cost"] = "params"
-    if "targets" in taken and frame.targets:
-        given["targets"] = frame.targets
+    if "targets" in taken and terms.targets:
+        given["targets"] = terms.targets
     if not problems:
         try:
             return kind(**(given | spec.options))
@@ -117,46 +117,46 @@ def _built(kind: type[Built], spec: StrategySpec, frame: Frame, **given: Any) ->
     raise SpaceError("space", problems)
 
 
-def _alds(spec: StrategySpec, frame: Frame) -> Strategy:
-    return _built(Alds, spec, frame, seed=frame.seed)
+def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
+    return _built(Alds, spec, terms, seed=terms.seed, targets=terms.targets)
 
 
-def _greedy_multi_step(spec: StrategySpec, frame: Frame) -> Strategy:
-    return _built(GreedyMultiStep, spec, frame, batch=spec.batch)
+def _greedy_multi_step(spec: StrategySpec, terms: Terms) -> Strategy:
+    return _built(GreedyMultiStep, spec, terms, batch=spec.batch)
 
 
-def _random(spec: StrategySpec, frame: Frame) -> Strategy:
-    return _built(Random, spec, frame, seed=frame.seed)
+def _random(spec: StrategySpec, terms: Terms) -> Strategy:
+    return _built(Random, spec, terms, seed=terms.seed)
 
 
-def _optuna(spec: StrategySpec, frame: Frame) -> Strategy:
+def _optuna(spec: StrategySpec, terms: Terms) -> Strategy:
     from ranksearch.strategies.optuna import NAME, Optuna
 
-    return Optuna(asker=_asker(NAME, spec.sampler or DEFAULT_SAMPLERS[NAME], spec.options, frame))
+    return Optuna(asker=_asker(NAME, spec.sampler or DEFAULT_SAMPLERS[NAME], spec.options, terms))
 
 
-def _funnel(spec: StrategySpec, frame: Frame) -> Strategy:
+def _funnel(spec: StrategySpec, terms: Terms) -> Strategy:
     from ranksearch.strategies.funnel import NAME, FunnelSearch
 
     # As a seed it leaves the sampler to the strategy that it seeds: that one's may be for whole numbers only.
     named = spec.sampler if spec.name == NAME else None
-    asker = _asker(NAME, named or DEFAULT_SAMPLERS[NAME], {}, frame)
-    made = _built(FunnelSearch, spec, frame, asker=asker, formats=frame.formats or GATEABLE)
+    asker = _asker(NAME, named or DEFAULT_SAMPLERS[NAME], {}, terms)
+    made = _built(FunnelSearch, spec, terms, asker=asker, formats=terms.formats or GATEABLE)
     try:
         made.check_sampler()
     except ValueError as error:
         rule, remedy = f"the sampler must be for real numbers and categories ({error})", "Take another, such as `tpe`."
         raise SpaceError("space", [_problem("sampler", rule, repr(named), remedy)]) from error
     wanted = [made.format] if made.format else list(GATEABLE)
-    if frame.formats and not set(wanted) & set(frame.formats):
+    if terms.formats and not set(wanted) & set(terms.formats):
         rule = "a funnel run needs a format whose ranks are the channels between its stages"
         remedy = f"Add {' or '.join(f'`{name}`' for name in wanted)}."
-        problem = Problem(address="$.formats", rule=rule, value=", ".join(frame.formats), remedy=remedy)
+        problem = Problem(address="$.formats", rule=rule, value=", ".join(terms.formats), remedy=remedy)
         raise SpaceError("space", [problem])
     return made
 
 
-def _asker(origin: str, name: str, options: Mapping[str, Any], frame: Frame) -> Asker:
+def _asker(origin: str, name: str, options: Mapping[str, Any], terms: Terms) -> Asker:
     # Optuna is imported only by searches that use it.
     from ranksearch.strategies.asking import Asker
     from ranksearch.strategies.samplers import DEFAULTS, check_options, find_sampler
@@ -167,7 +167,7 @@ def _asker(origin: str, name: str, options: Mapping[str, Any], frame: Frame) -> 
     if problems := check_options(sampler, options):
         raise SpaceError("space", problems)
     known = DEFAULTS.get((origin, name), {}) | dict(options)
-    return Asker(origin=origin, sampler=sampler, options=known, seed=frame.seed, objectives=frame.objectives)
+    return Asker(origin=origin, sampler=sampler, options=known, seed=terms.seed, objectives=terms.objectives)
 
 
 STRATEGIES: dict[str, Maker] = {
@@ -225,24 +225,13 @@ class _Seeded:
         return self.main.propose(table, trials)
 
 
-def build_strategy(
-    spec: StrategySpec,
-    *,
-    seed: int,
-    objectives: tuple[str, ...],
-    seed_choices: Sequence[tuple[int, ...]] = (),
-    targets: Sequence[float] = (),
-    formats: Sequence[str] = (),
-) -> Strategy:
+def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[tuple[int, ...]] = ()) -> Strategy:
     """The strategy of a space file: it never proposes the same rank map twice.
 
     Args:
         spec: the space's ``strategy`` section.
-        seed: the search's seed.
-        objectives: names of the trials' values, in their order.
+        terms: what the rest of the space asks of it.
         seed_choices: the user's own rank maps as indices of the table's candidates; they are tried first.
-        targets: shares of the dense network's MACs that the search is after, for strategies that aim at some.
-        formats: the space's formats, where they are known.
 
     Raises:
         SpaceError: an unknown strategy or sampler, options that it does not take, or formats that it cannot use.
@@ -250,13 +239,12 @@ def build_strategy(
     named = {"$.strategy.name": spec.name} | {f"$.strategy.seeds[{i}]": name for i, name in enumerate(spec.seeds)}
     problems = [_unknown(address, name) for address, name in named.items() if name not in STRATEGIES]
     plain = spec.model_copy(update={"options": {}})
-    frame = Frame(seed=seed, objectives=objectives, targets=tuple(targets), formats=tuple(formats))
     names = [name for name in dict.fromkeys(spec.seeds) if spec.name in _SEEDED and name != spec.name]
     seeds: dict[str, Strategy] = {}
     try:
         # An unknown strategy may have been meant to be Optuna's: its sampler is checked too, to tell all at once.
-        main = STRATEGIES[spec.name](spec, frame) if spec.name in STRATEGIES else _optuna(plain, frame)
-        seeds = {name: STRATEGIES[name](plain, frame) for name in names if name in STRATEGIES}
+        main = STRATEGIES[spec.name](spec, terms) if spec.name in STRATEGIES else _optuna(plain, terms)
+        seeds = {name: STRATEGIES[name](plain, terms) for name in names if name in STRATEGIES}
     except SpaceError as error:
         problems += error.problems
     if problems:

@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from math import inf, prod
 from operator import neg
 from typing import Final
@@ -69,9 +70,11 @@ class Folded:
 
 @dataclass(frozen=True, kw_only=True)
 class Alds:
-    """Rank maps of one largest error, at budgets spread evenly; DONE after the last that is new."""
+    """Rank maps of one largest error: at the targets, then at budgets spread evenly; DONE after the last new one."""
 
     seed: int
+    targets: tuple[float, ...] = ()
+    """Shares of the dense network's MACs, each for the largest budget whose rank map is within it."""
     cost: Cost = "macs"
     """What the budget is of: ``macs`` or ``params``."""
     exact: bool = True
@@ -83,8 +86,9 @@ class Alds:
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
         known = tried(trials)
-        for k in range(1, RUNGS + 1):
-            if (choices := self.rung(table, k)) not in known:
+        aimed = (_aimed(self, table, target) for target in self.targets)
+        for choices in chain(aimed, (self.rung(table, k) for k in range(1, RUNGS + 1))):
+            if choices not in known:
                 return Proposal(choices=choices, origin=NAME)
         return DONE
 
@@ -95,10 +99,34 @@ class Alds:
 
 @lru_cache(maxsize=4 * RUNGS)
 def _rung(rule: Alds, table: PriceTable, k: int) -> Choices:
-    costs = [[cost_of(candidate, rule.cost) for candidate in layer.candidates] for layer in table.layers]
-    least, most = sum(min(layer) for layer in costs), sum(layer[-1] for layer in costs)
-    budget = int(least + van_der_corput(k) * (most - least))
-    layers = _folded(table, rule.cost)
+    least, most = _range(_costs(rule, table))
+    return _within(rule, table, int(least + van_der_corput(k) * (most - least)))
+
+
+@lru_cache(maxsize=32)
+def _aimed(rule: Alds, table: PriceTable, target: float) -> Choices:
+    """The rank map of the largest budget that keeps it within a share of the MACs: layers round their costs down."""
+    low, high = _range(_costs(rule, table))
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = table.macs(_within(rule, table, middle)) <= target * table.dense_macs
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return _within(rule, table, low)
+
+
+def _costs(rule: Alds, table: PriceTable) -> list[list[int]]:
+    """What every candidate of every layer costs."""
+    return [[cost_of(candidate, rule.cost) for candidate in layer.candidates] for layer in table.layers]
+
+
+def _range(costs: list[list[int]]) -> tuple[int, int]:
+    """The least budget and that of the dense network."""
+    return sum(min(layer) for layer in costs), sum(layer[-1] for layer in costs)
+
+
+def _within(rule: Alds, table: PriceTable, budget: int) -> Choices:
+    """The rank map at a budget."""
+    costs, layers = _costs(rule, table), _folded(table, rule.cost)
     shares, _ = allocate(layers, budget) if rule.exact else alternate(layers, budget, seed=rule.seed)
     choices = []
     for layer, prices, share in zip(table.layers, costs, shares, strict=True):

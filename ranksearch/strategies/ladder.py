@@ -5,7 +5,7 @@ changes only where the number passes one of the layer's own thresholds, so the r
 a sweep over all the thresholds finds every one. They are tried so that any number of them covers the range of MACs:
 the k-th target is the k-th term of van der Corput's sequence (1/2, 1/4, 3/4, 1/8, ...; J. G. van der Corput,
 "Verteilungsfunktionen", 1935) between the cheapest and the dense network, and the nearest rank map not yet tried is
-proposed.
+proposed. Shares of the MACs that the space names as targets come before these.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder:
-    """Rank maps of one rule, spread evenly over the MACs of the network; DONE after the last of them."""
+    """Rank maps of one rule: the dearest within each target, then spread over the MACs; DONE after the last of them."""
 
     rule: Rule
+    targets: tuple[float, ...] = ()
+    """Shares of the dense network's MACs."""
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
@@ -51,8 +53,14 @@ class Ladder:
         if not untried:
             return DONE
         name = self.rule.name
-        target = target_macs(table, proposals_made(trials, name) + 1)
-        return Proposal(choices=min(untried, key=lambda rung: abs(rung[0] - target))[1], origin=name)
+        made = proposals_made(trials, name)
+        if made < len(self.targets):
+            limit = self.targets[made] * table.dense_macs
+            chosen = min(untried, key=lambda rung: (rung[0] > limit, abs(rung[0] - limit)))
+        else:
+            target = target_macs(table, made - len(self.targets) + 1)
+            chosen = min(untried, key=lambda rung: abs(rung[0] - target))
+        return Proposal(choices=chosen[1], origin=name)
 
 
 @lru_cache(maxsize=16)

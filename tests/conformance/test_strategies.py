@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ranksearch.space import StrategySpec
-from ranksearch.strategies import STRATEGIES, Strategy, build_strategy
+from ranksearch.strategies import STRATEGIES, Strategy, Terms, build_strategy
 from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, WAIT, Proposal, Signal, Trial, objective_values
 from tests.tables import measured_table, price_table, proposal_outcome
@@ -69,7 +69,7 @@ every_table = pytest.mark.parametrize("table", [pytest.param(table, id=name) for
 
 
 def build(spec: StrategySpec, seed: int = 0) -> Strategy:
-    return build_strategy(spec, seed=seed, objectives=OBJECTIVES)
+    return build_strategy(spec, Terms(seed=seed, objectives=OBJECTIVES))
 
 
 def stored(trials: list[Trial]) -> list[Trial]:

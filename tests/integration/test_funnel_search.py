@@ -41,7 +41,8 @@ SETTINGS = [
     "evaluation.fine_tune={steps: 10, batch_images: 32}",
     "strategy.name=funnel",
     "strategy.sampler=tpe",
-    f"strategy.options={json.dumps({**STEPS, 'targets': [0.5, 0.3]})}",
+    f"strategy.options={json.dumps(STEPS)}",
+    "budget.targets=[0.5, 0.3]",
     "tracking.enabled=false",
 ]
 DATA = DataSpec(train_images=400, calibration_images=128, search_images=200, report_images=300,

@@ -25,7 +25,7 @@ from mlflow.entities import Run
 from ranksearch.errors import TrackingError
 from ranksearch.space import TrackingSpec
 from ranksearch.storage import Store
-from ranksearch.strategies import build_strategy
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.tracking import Tracker, TrialRecord, View, ui_command
 from ranksearch.trial import Failure, Proposal
 from tests.studies import TABLE, setting_of, space_of
@@ -452,7 +452,7 @@ def test_the_pages_command_serves_the_default_store(tmp_path: Path) -> None:
 
 def test_of_funnel_runs_settings_ranks_and_the_course_are_shown(folder: Path) -> None:
     study = Store(folder).create("digits", setting_of(space_of(strategy={"name": "funnel"})))
-    strategy = build_strategy(study.space.strategy, seed=0, objectives=("accuracy", "macs"))
+    strategy = build_strategy(study.space.strategy, Terms(seed=0, objectives=("accuracy", "macs")))
     proposal = strategy.propose(TABLE, [])
     assert isinstance(proposal, Proposal)
     gates = {"strength": 0.1, "macs_ratio": 1.2, "alive": {"a": [8, 8], "b": [3]}}

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 
 from ranksearch.errors import PriceError
 from ranksearch.space import StrategySpec
-from ranksearch.strategies import build_strategy
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.strategies.evbmf import Evbmf, evb_noise, evb_rank
 from ranksearch.strategies.greedy_multi_step import GreedyMultiStep, lower
 from ranksearch.strategies.knapsack import Knapsack
@@ -92,14 +92,14 @@ def test_evbmf_weakens_as_musco_does() -> None:
 
 @pytest.mark.parametrize("name", ["evbmf", "alds"])
 def test_a_table_without_spectra_is_refused_with_the_remedy(name: str) -> None:
-    strategy = build_strategy(StrategySpec(name=name), seed=0, objectives=OBJECTIVES)
+    strategy = build_strategy(StrategySpec(name=name), Terms(seed=0, objectives=OBJECTIVES))
     with pytest.raises(PriceError, match=r"layer0 must have .* Start a new search"):
         strategy.propose(price_table(3, 4), ())
 
 
 @pytest.mark.parametrize("name", ["knapsack", "greedy", "lc", "eps"])
 def test_a_table_without_the_price_is_refused_with_the_remedy(name: str) -> None:
-    strategy = build_strategy(StrategySpec(name=name, price="divergence"), seed=0, objectives=OBJECTIVES)
+    strategy = build_strategy(StrategySpec(name=name, price="divergence"), Terms(seed=0, objectives=OBJECTIVES))
     with pytest.raises(PriceError, match=r"'divergence'.*has predicted, weight, loss, drop\. Take one of these"):
         strategy.propose(measured_table(3, 4), ())
 
@@ -126,7 +126,7 @@ def test_parameters_are_the_cost_where_they_are_the_objective() -> None:
     layer = table.layers[0]
     first = replace(layer.candidates[0], params=10 * layer.conv.params)  # few MACs, many parameters
     table = replace(table, layers=(replace(layer, candidates=(first, *layer.candidates[1:])), *table.layers[1:]))
-    strategy = build_strategy(StrategySpec(name="knapsack"), seed=0, objectives=("accuracy", "params"))
+    strategy = build_strategy(StrategySpec(name="knapsack"), Terms(seed=0, objectives=("accuracy", "params")))
     tried = run(strategy, table, 1000)
     assert {t.proposal.choices for t in tried} == set(Knapsack(cost="params").maps(table))
     assert all(trial.proposal.choices[0] > 0 for trial in tried)
@@ -189,7 +189,9 @@ def _loss(trial: Trial) -> float:
 def test_the_greedy_search_captures_what_prices_of_single_layers_miss() -> None:
     table = measured_table(9, 12)
     multi = run(GreedyMultiStep(batch=4, target=0.4), table, 10_000)
-    one = run(build_strategy(StrategySpec(name="greedy", price="loss"), seed=0, objectives=OBJECTIVES), table, 10_000)
+    one = run(
+        build_strategy(StrategySpec(name="greedy", price="loss"), Terms(seed=0, objectives=OBJECTIVES)), table, 10_000
+    )
 
     def least(trials: list[Trial], limit: float) -> float:
         return min(_loss(t) for t in trials if table.macs_ratio(t.proposal.choices) <= limit)
@@ -230,3 +232,17 @@ def test_moves_lower_each_rank_alone_and_all_together() -> None:
     assert reached(at[(5,)], 1) == {(3,), order[at[(5,)] - 1]}
     assert reached(len(order) - 1, 1) == {(6, 6), (5,), order[-2]}
     assert reached(0, 1) == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["uniform", "energy", "water-filling", "lc", "eps", "evbmf", "alds", "greedy", "knapsack"]
+)
+def test_targets_come_first_each_with_the_dearest_map_within(name: str) -> None:
+    table = measured_table()
+    targets = (0.7, 0.35, 0.5)
+    aimed = build_strategy(StrategySpec(name=name), Terms(seed=0, objectives=OBJECTIVES, targets=targets))
+    everywhere = build_strategy(StrategySpec(name=name), Terms(seed=0, objectives=OBJECTIVES))
+    first = [table.macs_ratio(trial.proposal.choices) for trial in run(aimed, table, 3)]
+    others = [table.macs_ratio(trial.proposal.choices) for trial in run(everywhere, table, 60)]
+    for found, target in zip(first, targets, strict=True):
+        assert max(other for other in others if other <= target) <= found <= target

@@ -14,7 +14,7 @@ from ranksearch.driver import STOPPED, Driver
 from ranksearch.engine import Engine, build_engine
 from ranksearch.space import ResourcesSpec, Space
 from ranksearch.storage import Store
-from ranksearch.strategies import build_strategy
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.study import Study
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Signal, Task, Trial
 from tests.studies import TABLE, Lookup, setting_of, space_of
@@ -43,7 +43,7 @@ def created(folder: Path, of: Space, name: str = "one") -> Study:
 
 def driver_of(study: Study, watch: Callable[[Study, Trial], None] | None = None) -> Driver:
     of = study.space
-    strategy = build_strategy(of.strategy, seed=of.seed, objectives=tuple(of.objectives))
+    strategy = build_strategy(of.strategy, Terms(seed=of.seed, objectives=tuple(of.objectives)))
     return Driver(study, strategy, watch=watch)
 
 

@@ -25,7 +25,7 @@ from ranksearch.funnel.penalty import Decay, Penalty
 from ranksearch.rankmap import LayerRanks
 from ranksearch.space import ResourcesSpec, StrategySpec
 from ranksearch.storage import Store
-from ranksearch.strategies import build_strategy
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.strategies.funnel import PENALTIES, RANGES
 from ranksearch.strategies.history import tried
 from ranksearch.study import Study
@@ -42,7 +42,7 @@ FUNNEL = StrategySpec(name="funnel")
 
 
 def strategy_of(spec: StrategySpec = FUNNEL, **known: Any) -> Any:
-    return build_strategy(spec, seed=0, objectives=OBJECTIVES, **known)
+    return build_strategy(spec, Terms(seed=0, objectives=OBJECTIVES, **known))
 
 
 def test_the_published_settings_come_first_at_the_targets_of_the_budget() -> None:
@@ -163,13 +163,13 @@ def test_a_layer_is_gated_in_the_first_format_that_it_has_at_its_largest_rank() 
 def test_formats_that_cannot_be_gated_are_told_before_anything_is_prepared() -> None:
     for name, seeds in (("funnel", []), ("optuna", ["funnel"])):
         with pytest.raises(SpaceError, match=r"channels between its stages.*cp, tkd-cp") as caught:
-            strategy_of(StrategySpec(name=name, seeds=seeds), formats=["cp", "tkd-cp"])
+            strategy_of(StrategySpec(name=name, seeds=seeds), formats=("cp", "tkd-cp"))
         (problem,) = caught.value.problems
         assert problem.address == "$.formats"
         assert "`tucker2`" in problem.remedy
     own = FUNNEL.model_copy(update={"options": {"format": "svd"}})
     with pytest.raises(SpaceError, match="Add `svd`"):
-        strategy_of(own, formats=["tucker2", "cp"])
+        strategy_of(own, formats=("tucker2", "cp"))
 
 
 def test_as_a_seed_its_runs_join_and_the_sampler_sees_rank_maps_only() -> None:
@@ -191,7 +191,7 @@ def created(folder: Path, **sections: Any) -> Study:
 
 def driven(study: Study) -> Study:
     space = study.space
-    strategy = build_strategy(space.strategy, seed=space.seed, objectives=tuple(space.objectives))
+    strategy = build_strategy(space.strategy, Terms(seed=space.seed, objectives=tuple(space.objectives)))
     driver = Driver(study, strategy)
     build_engine(ResourcesSpec()).run(Lookup(), driver)
     driver.stop()
@@ -274,7 +274,7 @@ class Tries:
 def test_a_checkpoint_is_there_for_the_next_try_and_gone_after_it(tmp_path: Path) -> None:
     study = created(tmp_path, budget={"trials": 2}, strategy={"name": "funnel", "batch": 1})
     space = study.space
-    strategy = build_strategy(space.strategy, seed=0, objectives=tuple(space.objectives))
+    strategy = build_strategy(space.strategy, Terms(seed=0, objectives=tuple(space.objectives)))
     tries = Tries(study.checkpoints_folder)
     driver = Driver(study, strategy)
     (task,) = driver.take(1)  # type: ignore[misc]
@@ -292,7 +292,7 @@ def test_a_checkpoint_is_there_for_the_next_try_and_gone_after_it(tmp_path: Path
 
 def test_a_checkpoint_goes_with_a_run_that_failed_for_good(tmp_path: Path) -> None:
     study = created(tmp_path, budget={"trials": 1}, strategy={"name": "funnel"})
-    driver = Driver(study, build_strategy(study.space.strategy, seed=0, objectives=OBJECTIVES))
+    driver = Driver(study, build_strategy(study.space.strategy, Terms(seed=0, objectives=OBJECTIVES)))
     (task,) = driver.take(1)  # type: ignore[misc]
     study.checkpoints_folder.mkdir()
     (study.checkpoints_folder / task.checkpoint).write_text("half way")

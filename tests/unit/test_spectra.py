@@ -10,7 +10,7 @@ from torch import nn
 from ranksearch.space import StrategySpec
 from ranksearch.spectra import spectra, with_spectra
 from ranksearch.stages import geometry, kernel_of
-from ranksearch.strategies import READ_SPECTRA, STRATEGIES, build_strategy
+from ranksearch.strategies import READ_SPECTRA, STRATEGIES, Terms, build_strategy
 from ranksearch.table import LayerPrices, PriceTable, unfolding_shape
 from ranksearch.trial import Proposal
 from tests.tables import price_table, spectra_of
@@ -52,5 +52,5 @@ def test_the_strategies_that_read_them_propose(name: str) -> None:
     )
     table = with_spectra(bare, model)
     assert PriceTable.from_json(table.to_json()) == table
-    strategy = build_strategy(StrategySpec(name=name), seed=0, objectives=("accuracy", "macs"))
+    strategy = build_strategy(StrategySpec(name=name), Terms(seed=0, objectives=("accuracy", "macs")))
     assert isinstance(strategy.propose(table, ()), Proposal)

@@ -16,7 +16,7 @@ import pytest
 from ranksearch.errors import SpaceError
 from ranksearch.front import hypervolume, non_dominated
 from ranksearch.space import StrategySpec
-from ranksearch.strategies import build_strategy
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Trial, minimised, objective_values
 from tests.tables import price_table, proposal_outcome
@@ -28,7 +28,7 @@ def search(
     table: PriceTable, spec: StrategySpec, proposals: int, *, seed: int = 0, max_macs_ratio: float = 1.0
 ) -> list[Trial]:
     """The trials of a search with one worker."""
-    strategy = build_strategy(spec, seed=seed, objectives=OBJECTIVES)
+    strategy = build_strategy(spec, Terms(seed=seed, objectives=OBJECTIVES))
     trials: list[Trial] = []
     while len(trials) < proposals:
         answer = strategy.propose(table, trials)
@@ -101,7 +101,7 @@ def test_the_users_maps_come_first_then_the_seeds_in_turn() -> None:
     table = price_table()
     user = [(3,) * 18, (5,) * 18, (3,) * 18]
     spec = StrategySpec(seeds=["energy", "uniform"], seed_points=4)
-    strategy = build_strategy(spec, seed=0, objectives=OBJECTIVES, seed_choices=user)
+    strategy = build_strategy(spec, Terms(seed=0, objectives=OBJECTIVES), seed_choices=user)
     trials: list[Trial] = []
     for number in range(12):
         proposal = strategy.propose(table, trials)
@@ -117,7 +117,7 @@ def test_a_retried_seed_does_not_use_up_another() -> None:
     trials = search(table, spec, 3)
     trials.append(replace(trials[0], number=3, attempt=1))
     trials[0] = replace(trials[0], state="FAIL", values=None, outcome=None, retry=True)
-    proposal = build_strategy(spec, seed=0, objectives=OBJECTIVES).propose(table, trials)
+    proposal = build_strategy(spec, Terms(seed=0, objectives=OBJECTIVES)).propose(table, trials)
     assert isinstance(proposal, Proposal)
     assert proposal.origin == "energy"
 
@@ -162,7 +162,7 @@ def test_quasi_random_points_go_on_in_one_sequence() -> None:
 def test_a_sampler_sees_the_front_and_the_newest_trials_only() -> None:
     table = price_table(6, 20)
     trials = search(table, StrategySpec(name="random"), 700)
-    strategy = build_strategy(StrategySpec(sampler="tpe", seeds=[]), seed=0, objectives=OBJECTIVES)
+    strategy = build_strategy(StrategySpec(sampler="tpe", seeds=[]), Terms(seed=0, objectives=OBJECTIVES))
     expected = strategy.propose(table, trials)
     points = [minimised(trial.values or (), OBJECTIVES) for trial in trials]
     beaten = set(range(700)) - set(non_dominated(points))
@@ -181,7 +181,7 @@ def test_gaussian_processes() -> None:
     table = price_table(3, 6)
     trials = search(table, StrategySpec(sampler="gp", seeds=["random"], seed_points=10), 14)
     assert len(maps(trials)) == 14
-    again = build_strategy(StrategySpec(sampler="gp", seeds=[]), seed=0, objectives=OBJECTIVES)
+    again = build_strategy(StrategySpec(sampler="gp", seeds=[]), Terms(seed=0, objectives=OBJECTIVES))
     assert again.propose(table, trials[:12]) == trials[12].proposal
 
 
@@ -235,7 +235,7 @@ def test_another_process_proposes_the_same(sampler: str) -> None:
 )
 def test_a_mistake_is_named_with_its_place_and_remedy(section: dict[str, Any], address: str, remedy: str) -> None:
     with pytest.raises(SpaceError) as caught:
-        build_strategy(StrategySpec.model_validate(section), seed=0, objectives=OBJECTIVES)
+        build_strategy(StrategySpec.model_validate(section), Terms(seed=0, objectives=OBJECTIVES))
     (problem,) = caught.value.problems
     assert problem.address == address
     assert remedy in problem.remedy
@@ -244,7 +244,7 @@ def test_a_mistake_is_named_with_its_place_and_remedy(section: dict[str, Any], a
 def test_mistakes_are_named_together() -> None:
     spec = StrategySpec(name="optuan", sampler="tpee", seeds=["unifrom"], options={"n_startup_trials": 3})
     with pytest.raises(SpaceError) as caught:
-        build_strategy(spec, seed=0, objectives=OBJECTIVES)
+        build_strategy(spec, Terms(seed=0, objectives=OBJECTIVES))
     assert [p.address for p in caught.value.problems] == [
         "$.strategy.name",
         "$.strategy.seeds[0]",
