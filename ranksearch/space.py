@@ -182,9 +182,9 @@ class StrategySpec(Section):
     options: dict[str, Any] = {}
     """Further keyword arguments of the strategy or, of ``optuna``, of its sampler. Of ``funnel``: ``targets`` (shares
     of the dense MACs to end at, by default those of the budget, or 0.5, 0.7 and 0.35; an empty list leaves the MACs to
-    strength and threshold), ``settle_steps``,
-    ``penalty_steps``, ``weight_rate``, ``gate_rate``, ``penalty`` (``funnel``, ``l1``, ``l2``), ``mac_weighted``,
-    ``scale_free``, ``format`` (of the gated layers; by default the first of ``formats`` that a layer can be gated in).
+    strength and threshold), ``settle_steps``, ``penalty_steps``, ``weight_rate``, ``gate_rate``, ``penalty``
+    (``funnel``, ``l1``, ``l2``), ``mac_weighted``, ``scale_free``, ``format`` (of the gated layers; by default the
+    first of ``formats`` that a layer can be gated in).
     """
 
 
