@@ -36,7 +36,7 @@ from ranksearch.table import Candidate, PriceTable
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Outcome, Task, constraints, minimised, objective_values
 
-_RECORDS = 100
+_RECORDS = 50
 """Entries in a funnel run's history, at most one or two more."""
 _CHECKPOINTS = 20
 """Checkpoints of a funnel run: an interruption loses no more than that share of its steps."""

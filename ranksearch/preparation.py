@@ -32,7 +32,7 @@ from ranksearch.pricing import Factors, Selection, decompose, kinds, price, sele
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import DataSpec, Space
 from ranksearch.spectra import with_spectra
-from ranksearch.strategies import READ_PRICES, READ_SPECTRA, RUN_FUNNELS
+from ranksearch.strategies import READ_PRICES, READ_SPECTRA, runs_funnels
 from ranksearch.study import Setting
 from ranksearch.surgery import channels_last, count_macs, count_params
 from ranksearch.table import GATEABLE, PREDICTED, PriceTable
@@ -226,7 +226,7 @@ def settle(
     space, selection = network.space, network.selection
     table, dear = price(space, selection, factors)
     strategies = {space.strategy.name, *space.strategy.seeds}
-    if RUN_FUNNELS & strategies:
+    if runs_funnels(space.strategy):
         _check_gateable(space, table)
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
@@ -257,7 +257,7 @@ def settle(
 
 def _check_gateable(space: Space, table: PriceTable) -> None:
     """Raise :class:`SpaceError` where no searched layer has a candidate that a funnel run can gate."""
-    wanted = space.strategy.options.get("format") if space.strategy.name in RUN_FUNNELS else None
+    wanted = space.strategy.options.get("format") if space.strategy.name == "funnel" else None
     if table.gated([wanted] if wanted else space.formats) == table.dense:
         found = sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense})
         problem = Problem(
@@ -293,9 +293,7 @@ def _measured(network: Network, table: PriceTable, factors: Factors, cache: Path
 def _fine_tuning_dtype(network: Network) -> str:
     """Settled once a search by the hardware: a stopwatch might answer differently for the next trial."""
     space, spec = network.space, network.space.evaluation.fine_tune
-    trained = steps_of(spec, len(network.data.train)) > 0 or bool(
-        RUN_FUNNELS & {space.strategy.name, *space.strategy.seeds}
-    )
+    trained = steps_of(spec, len(network.data.train)) > 0 or runs_funnels(space.strategy)
     if not trained or spec.dtype != "auto":
         return "float32" if spec.dtype == "auto" else spec.dtype
     return "bfloat16" if computes_bfloat16(device_of(space)) else "float32"

@@ -29,7 +29,17 @@ from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.space import Space
 from ranksearch.strategies.funnel import RANGES
 from ranksearch.table import PriceTable
-from ranksearch.trial import MAXIMISED, Failure, Outcome, Proposal, Trial, constraints, minimised, objective_values
+from ranksearch.trial import (
+    MAXIMISED,
+    Failure,
+    Outcome,
+    Proposal,
+    Trial,
+    checkpoint_name,
+    constraints,
+    minimised,
+    objective_values,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,13 +184,21 @@ class Study:
         """Record what came of a RUNNING trial."""
         trial_id = self._ids[trial.number]
         if isinstance(result, Failure):
-            retry = result.interrupted and trial.attempt == 0
+            retry = result.interrupted and (trial.attempt == 0 or self._moved_on(trial))
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
             self._storage.set_trial_user_attr(trial_id, "retry", retry)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
             return replace(trial, state="FAIL", reason=result.reason, retry=retry, end_ms=_now_ms())
         self._storage.set_trial_user_attr(trial_id, "outcome", result.to_json())
         return self._complete(trial, trial_id, result)
+
+    def _moved_on(self, trial: Trial) -> bool:
+        """Whether a funnel run has left a checkpoint since this try began: then another one gets further."""
+        checkpoint = self.checkpoints_folder / checkpoint_name(trial.index)
+        try:
+            return 1000 * checkpoint.stat().st_mtime > trial.start_ms
+        except OSError:
+            return False
 
     def _complete(self, trial: Trial, trial_id: int, outcome: Outcome) -> Trial:
         limits = self.constraints(outcome)

@@ -99,7 +99,8 @@ class Trial:
     index: int
     """Number of the proposal, from 0; a retried proposal keeps its index, and so its seed."""
     attempt: int = 0
-    """0, or 1 where the proposal is tried once more after an interruption."""
+    """0, or 1 where the proposal is tried once more after an interruption; of funnel runs, which go on from where they
+    were, also more."""
     proposal: Proposal
     state: str
     """``RUNNING``, ``COMPLETE`` or ``FAIL``: Optuna's names."""

@@ -40,12 +40,12 @@ __all__ = [
     "DEFAULT_SAMPLERS",
     "READ_PRICES",
     "READ_SPECTRA",
-    "RUN_FUNNELS",
     "STRATEGIES",
     "USER",
     "Strategy",
     "Terms",
     "build_strategy",
+    "runs_funnels",
 ]
 
 USER = "user"
@@ -190,9 +190,6 @@ STRATEGIES: dict[str, Maker] = {
 DEFAULT_SAMPLERS = {"optuna": "nsga2", "funnel": "tpe"}
 """Optuna's sampler of the strategies that ask one, where the space names none."""
 
-RUN_FUNNELS = frozenset({"funnel"})
-"""Strategies whose trials are funnel runs."""
-
 READ_PRICES = frozenset({"knapsack", "greedy", "lc", "eps"})
 """Strategies that reckon with the price that the space names."""
 
@@ -223,6 +220,11 @@ class _Seeded:
                 if isinstance(proposal, Proposal):
                     return proposal
         return self.main.propose(table, trials)
+
+
+def runs_funnels(spec: StrategySpec) -> bool:
+    """Whether some trials of the strategy or of its seeds are funnel runs."""
+    return spec.name == "funnel" or (spec.name in _SEEDED and "funnel" in spec.seeds)
 
 
 def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[tuple[int, ...]] = ()) -> Strategy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -288,6 +289,22 @@ def test_a_checkpoint_is_there_for_the_next_try_and_gone_after_it(tmp_path: Path
     assert list(study.checkpoints_folder.iterdir()) == []
     states = [(t.index, t.attempt, t.state, t.proposal.settings["target"]) for t in study.trials()]
     assert states == [(0, 0, "FAIL", 0.5), (0, 1, "COMPLETE", 0.5), (1, 0, "COMPLETE", 0.7)]
+
+
+def test_a_run_is_tried_again_as_long_as_it_gets_further(tmp_path: Path) -> None:
+    study = created(tmp_path, budget={"trials": 1}, strategy={"name": "funnel"})
+    proposal, cut = strategy_of().propose(TABLE, []), Failure(reason="killed", interrupted=True)
+    checkpoint = study.checkpoints_folder / "0.pt"
+    checkpoint.parent.mkdir()
+    retried = []
+    for attempt, moved_s in enumerate((None, 60, 60, -60)):
+        trial = study.begin(proposal, index=0, attempt=attempt)
+        if moved_s is not None:
+            checkpoint.write_text("further")
+            os.utime(checkpoint, (trial.start_ms / 1000 + moved_s,) * 2)
+        retried.append(study.finish(trial, cut).retry)
+    assert retried == [True, True, True, False]
+    assert [trial.retry for trial in study.trials()] == retried
 
 
 def test_a_checkpoint_goes_with_a_run_that_failed_for_good(tmp_path: Path) -> None:
