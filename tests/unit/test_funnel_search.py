@@ -23,6 +23,7 @@ from ranksearch.export import choose, rank_map_of
 from ranksearch.funnel import FunnelSpec
 from ranksearch.funnel.gates import _gates_of
 from ranksearch.funnel.penalty import Decay, Penalty
+from ranksearch.preparation import _check_gateable
 from ranksearch.rankmap import LayerRanks
 from ranksearch.space import ResourcesSpec, StrategySpec
 from ranksearch.storage import Store
@@ -171,6 +172,16 @@ def test_formats_that_cannot_be_gated_are_told_before_anything_is_prepared() -> 
     own = FUNNEL.model_copy(update={"options": {"format": "svd"}})
     with pytest.raises(SpaceError, match="Add `svd`"):
         strategy_of(own, formats=("tucker2", "cp"))
+
+
+def test_layers_that_cannot_be_gated_are_told_before_the_first_trial() -> None:
+    grouped = table_of(layer("a", "tucker2", groups=2), layer("b", "cp"))
+    for strategy in ({"name": "funnel"}, {"name": "optuna", "seeds": ["funnel"]}):
+        with pytest.raises(SpaceError, match=r"\$\.formats.*without groups.*candidates in cp, tucker2"):
+            _check_gateable(space_of(strategy=strategy), grouped)
+        _check_gateable(space_of(strategy=strategy), TABLE)
+    with pytest.raises(SpaceError, match="candidates in svd"):
+        _check_gateable(space_of(strategy={"name": "funnel", "options": {"format": "tucker2"}}), TABLE)
 
 
 def test_as_a_seed_its_runs_join_and_the_sampler_sees_rank_maps_only() -> None:
