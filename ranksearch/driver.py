@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 
 from ranksearch.strategies import Strategy
 from ranksearch.study import Study
-from ranksearch.trial import DONE, WAIT, Failure, Outcome, Proposal, Signal, Task, Trial
+from ranksearch.trial import DONE, WAIT, Failure, Outcome, Proposal, Signal, Task, Trial, checkpoint_name
 
 if TYPE_CHECKING:
     from ranksearch.tracking import View
@@ -28,7 +29,14 @@ def task_of(study: Study, trial: Trial, incumbents: tuple[tuple[float, ...], ...
     The seed follows the proposal, not the trial: a proposal that is tried again gives the same network.
     """
     seed = int(np.random.SeedSequence([study.space.seed, trial.index]).generate_state(1)[0])
-    return Task(number=trial.number, choices=trial.proposal.choices, seed=seed, incumbents=incumbents)
+    return Task(
+        number=trial.number,
+        choices=trial.proposal.choices,
+        seed=seed,
+        index=trial.index,
+        settings=trial.proposal.settings,
+        incumbents=incumbents,
+    )
 
 
 def finished(study: Study) -> bool:
@@ -107,6 +115,8 @@ class Driver:
         if self._view is not None:
             self._view.trial(trial)
         self._trials[trial.number] = self._latest[trial.index] = trial
+        if not trial.retry:
+            (self._study.checkpoints_folder / checkpoint_name(trial.index)).unlink(missing_ok=True)
         before = sorted([*self._front, trial], key=lambda one: one.number)  # of equal points the first is kept
         self._front = self._study.front_trials(before)
         for left in before:
@@ -141,11 +151,14 @@ class Driver:
         return task_of(self._study, trial, self._incumbents)
 
     def _sweep(self) -> None:
-        """Remove the weights that no trial on the front has, those of interrupted trials included."""
+        """Remove the weights that no trial on the front has, and the checkpoints of proposals that have ended."""
         kept = {trial.outcome.weights for trial in self._front if trial.outcome is not None}
-        for path in self._study.weights_folder.glob("*"):
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
+        unended = (t.index for t in self._latest.values() if t.retry or t.state == "RUNNING")
+        checkpoints = {checkpoint_name(index) for index in unended}
+        for folder, names in ((self._study.weights_folder, kept), (self._study.checkpoints_folder, checkpoints)):
+            for path in folder.glob("*"):
+                if path.name not in names:  # a folder is one that a killed worker was writing a checkpoint in
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _tell_hypervolume(self) -> None:
         """The hypervolume after each trial, in the order of numbers, as far as trials have ended."""

@@ -21,17 +21,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranksearch.calibration import Sample
+from ranksearch.conv import Conv
 from ranksearch.data import Data, Split, to_input
 from ranksearch.decompositions import FORMATS, Kind, Report
 from ranksearch.factors import factors_at, store, threads
+from ranksearch.funnel import Funnel, FunnelSpec
 from ranksearch.models import build_model
 from ranksearch.pricing import kinds
+from ranksearch.rankmap import LayerRanks
 from ranksearch.refit import batch_norms, recalibrate, regauge, sensitivity_of, sequential_regression
-from ranksearch.space import Space
+from ranksearch.space import Space, StabiliseSpec
 from ranksearch.surgery import build_layer, channels_last, count_macs, count_params, kernel_of, replaced
 from ranksearch.table import Candidate, PriceTable
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Outcome, Task, constraints, minimised, objective_values
+
+_RECORDS = 50
+"""Entries in a funnel run's history, at most one or two more."""
+_CHECKPOINTS = 20
+"""Checkpoints of a funnel run: an interruption loses no more than that share of its steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +80,24 @@ def device_of(space: Space) -> torch.device:
     return torch.device("cuda" if space.resources.gpus_per_trial > 0 and torch.cuda.is_available() else "cpu")
 
 
+def layers_of(
+    picked: Mapping[str, Candidate], convs: Mapping[str, Conv], stabilise: StabiliseSpec
+) -> dict[str, LayerRanks]:
+    """The layers of a rank map with these candidates; dense ones are none of them."""
+    return {
+        name: LayerRanks(
+            format=c.format,
+            ranks=c.ranks,
+            conv=convs[name].to_json(),
+            macs=c.macs,
+            params=c.params,
+            stabilise=None if FORMATS[c.format].nested else stabilise,
+        )
+        for name, c in picked.items()
+        if not c.dense
+    }
+
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -96,6 +122,8 @@ class Bench:
     """Arithmetic of fine-tuning, settled once for a search: ``float32`` or ``bfloat16``."""
     weights_folder: Path
     """Where the weights of trials that may be on the front go."""
+    checkpoints_folder: Path
+    """Where funnel runs leave what they go on from, should they be interrupted."""
     cache: Path
     """Where factors that are fitted are kept, for all workers of the machine."""
 
@@ -151,32 +179,22 @@ class Evaluator:
         started = time.perf_counter()
         space = self.bench.space
         with reproducible(space.resources.cpus_per_trial):
-            picked = {k: c for k, c in self.bench.table.picked(task.choices).items() if not c.dense}
-            built = self.build(picked)
-            details: dict[str, Any] = {
-                "factors": built.kind,
-                "recalibrated": built.recalibrated,
-                "divergence": built.divergence,
-            }
-            if built.reports:
-                details["fitted"] = {name: asdict(found) for name, found in built.reports.items()}
-            if steps_of(self.spec.fine_tune, len(self.data.train.labels)):
-                details |= self._fine_tune(built.model, picked, task.seed)
-            found = self._score(built.model, self.data.search)
+            model, details, layers = self._funnel(task) if task.settings else self._restored(task)
+            found = self._score(model, self.data.search)
             outcome = Outcome(
                 accuracy_search=found.accuracy,
                 loss=found.loss,
-                macs=count_macs(built.model, self.data.input_shape),
-                params=count_params(built.model),
+                macs=count_macs(model, self.data.input_shape),
+                params=count_params(model),
                 seconds=0.0,
             )
             report, weights = None, None
             kept = task.keep or self._may_be_on_front(outcome, task)
             if kept or self.spec.report == "all":
-                report = self._score(built.model, self.data.report)
+                report = self._score(model, self.data.report)
             if kept:
                 weights = f"trial-{task.number:05d}.safetensors"
-                store(built.model.state_dict(), self.bench.weights_folder / weights)
+                store(model.state_dict(), self.bench.weights_folder / weights)
         return replace(
             outcome,
             seconds=time.perf_counter() - started,
@@ -184,7 +202,54 @@ class Evaluator:
             report_images=0 if report is None else report.images,
             weights=weights,
             details=details,
+            layers=layers,
         )
+
+    def _restored(self, task: Task) -> tuple[nn.Module, dict[str, Any], None]:
+        """The network of the task's choices, restored and fine-tuned, and how it was made."""
+        picked = {k: c for k, c in self.bench.table.picked(task.choices).items() if not c.dense}
+        built = self.build(picked)
+        details: dict[str, Any] = {
+            "factors": built.kind,
+            "recalibrated": built.recalibrated,
+            "divergence": built.divergence,
+        }
+        if built.reports:
+            details["fitted"] = {name: asdict(found) for name, found in built.reports.items()}
+        if steps_of(self.spec.fine_tune, len(self.data.train.labels)):
+            details |= self._fine_tune(built.model, picked, task.seed)
+        return built.model, details, None
+
+    def _funnel(self, task: Task) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+        """The network that a funnel run ends in, how it came there, and the layers of its rank map.
+
+        Pinned layers are what they are pinned to from the start, and trained along. The run goes on from its
+        checkpoint where an earlier try has left one; who hears of the outcome removes that.
+        """
+        table, kind = self.bench.table, kinds(self.bench.space)[-1]
+        pins = {name: candidate for name, _, candidate in table.pinned if not candidate.dense}
+        gated = {k: c for k, c in table.picked(task.choices).items() if not c.dense and k not in pins}
+        pinned, reports = self._chains(pins, kind)
+        steps = steps_of(self.spec.fine_tune, len(self.data.train.labels))
+        steps += sum(int(task.settings[name] or 0) for name in ("settle_steps", "penalty_steps"))
+        settings: dict[str, Any] = dict(task.settings)
+        run = Funnel(
+            self.dense,
+            {name: candidate.format for name, candidate in gated.items()},
+            {name: self.factors[name, candidate.format, kind] for name, candidate in gated.items()},
+            self.data,
+            FunnelSpec(**settings, fine_tune=self.spec.fine_tune, record_steps=-(-steps // _RECORDS)),
+            seed=task.seed,
+            dtype=getattr(torch, self.bench.dtype),
+            pinned=pinned,
+        )
+        checkpoint = self.bench.checkpoints_folder / task.checkpoint
+        result = run.run(checkpoint=checkpoint, checkpoint_steps=-(-steps // _CHECKPOINTS))
+        details: dict[str, Any] = {"factors": kind, "threshold": result.threshold, "history": list(result.history)}
+        if reports:
+            details["fitted"] = {name: asdict(found) for name, found in reports.items()}
+        layers = result.layers | layers_of(pins, table.convs, self.bench.space.stabilise)
+        return result.model, details, {name: layer.model_dump(mode="json") for name, layer in layers.items()}
 
     def _may_be_on_front(self, outcome: Outcome, task: Task) -> bool:
         """Whether an outcome keeps the budget's limits and none of the task's incumbents is as good everywhere."""
@@ -220,6 +285,14 @@ class Evaluator:
 
     def _compress(self, picked: Mapping[str, Candidate], kind: Kind) -> tuple[nn.Module, dict[str, Report]]:
         """The network with factors of one kind, refitted if the space says so; and how the fitted layers came out."""
+        modules, reports = self._chains(picked, kind)
+        model = channels_last(replaced(self.dense, modules))
+        if self.spec.refit:
+            sequential_regression(model, modules, self.samples, self.refit_images)
+        return model, reports
+
+    def _chains(self, picked: Mapping[str, Candidate], kind: Kind) -> tuple[dict[str, nn.Module], dict[str, Report]]:
+        """The chains of some layers with factors of one kind; and how the fitted ones came out."""
         modules: dict[str, nn.Module] = {}
         reports: dict[str, Report] = {}
         convs, space = self.bench.table.convs, self.bench.space
@@ -232,10 +305,7 @@ class Evaluator:
             modules[name] = build_layer(
                 FORMATS[form], convs[name], prepared, candidate.ranks, bias, weight.dtype, fit.kernels
             )
-        model = channels_last(replaced(self.dense, modules))
-        if self.spec.refit:
-            sequential_regression(model, modules, self.samples, self.refit_images)
-        return model, reports
+        return modules, reports
 
     @torch.no_grad()
     def _divergence(self, model: nn.Module) -> float:

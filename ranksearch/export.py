@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ranksearch.decompositions import FORMATS
 from ranksearch.errors import BudgetError, RankMapError
+from ranksearch.evaluation import layers_of
 from ranksearch.factors import store
 from ranksearch.front import knee
 from ranksearch.rankmap import LayerRanks, RankMap, WeightsRecord
@@ -27,21 +27,23 @@ _METADATA = "ranksearch"
 
 
 def rank_map_of(study: Study, trial: Trial) -> RankMap:
-    """The rank map of a trial; with its measurements if it is complete."""
-    setting, table = study.setting, study.setting.table
-    picked, outcome = table.picked(trial.proposal.choices), trial.outcome
-    layers = {
-        name: LayerRanks(
-            format=c.format,
-            ranks=c.ranks,
-            conv=table.convs[name].to_json(),
-            macs=c.macs,
-            params=c.params,
-            stabilise=None if FORMATS[c.format].nested else study.space.stabilise,
-        )
-        for name, c in picked.items()
-        if not c.dense
-    }
+    """The rank map of a trial; with its measurements if it is complete.
+
+    Raises:
+        BudgetError: the trial is a funnel run that is not complete, so it has ended in no rank map.
+    """
+    setting, table, outcome = study.setting, study.setting.table, trial.outcome
+    if trial.proposal.funnel:
+        if outcome is None:
+            raise BudgetError(
+                f"a funnel run has a rank map when it is complete, the state of trial {trial.number} is {trial.state} "
+                f"({trial.reason}). See `ranksearch trials`."
+            )
+        layers = {name: LayerRanks.model_validate(layer) for name, layer in (outcome.layers or {}).items()}
+        macs, params = outcome.macs, outcome.params
+    else:
+        layers = layers_of(table.picked(trial.proposal.choices), table.convs, study.space.stabilise)
+        macs, params = table.macs(trial.proposal.choices), table.params(trial.proposal.choices)
     metrics: dict[str, float | int | None] = {f"dense_{k}": v for k, v in setting.dense.items() if k not in _COSTS}
     if outcome is not None:
         metrics |= {
@@ -53,8 +55,8 @@ def rank_map_of(study: Study, trial: Trial) -> RankMap:
     return RankMap(
         model=setting.model,
         layers=layers,
-        macs=table.macs(trial.proposal.choices),
-        params=table.params(trial.proposal.choices),
+        macs=macs,
+        params=params,
         dense_macs=table.dense_macs,
         dense_params=table.dense_params,
         metrics=metrics,
@@ -66,18 +68,20 @@ _COSTS = ("macs", "params")
 
 
 def _provenance(study: Study, trial: Trial) -> dict[str, Any]:
-    space = study.space
+    space, outcome = study.space, trial.outcome
     return {
         "study": study.name,
         "trial": trial.number,
         "origin": trial.proposal.origin,
+        **({"funnel": trial.proposal.settings} if trial.proposal.funnel else {}),
         "seed": space.seed,
         "data": space.data.model_dump(mode="json"),
         "batch_images": space.evaluation.batch_images,
         "cpus_per_trial": space.resources.cpus_per_trial,
         "gpus_per_trial": space.resources.gpus_per_trial,
         "evaluation": space.evaluation.model_dump(mode="json"),
-        "details": {} if trial.outcome is None else trial.outcome.details,
+        # A funnel run's history stays in the study.
+        "details": {} if outcome is None else {k: v for k, v in outcome.details.items() if k != "history"},
         "versions": dict(study.setting.versions),
     }
 

@@ -192,7 +192,8 @@ def rebuild(study: Study, trial: Trial, store: Store, folder: Path, notify: Noti
     """Evaluate a trial again from its seed: the same network bit for bit, its weights kept in ``folder``."""
     _, bench = bench_of(study, store, notify)
     notify("building the trial again", 0, 1)
-    return Evaluator(replace(bench, weights_folder=folder))(replace(task_of(study, trial, ()), keep=True))
+    bench = replace(bench, weights_folder=folder, checkpoints_folder=folder)
+    return Evaluator(bench)(replace(task_of(study, trial, ()), keep=True))
 
 
 def _all_threads() -> int:
@@ -206,6 +207,7 @@ def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
         objectives=tuple(space.objectives),
         targets=tuple(budget.targets),
         max_macs_ratio=budget.max_macs_ratio or inf,
+        formats=tuple(space.formats),
     )
     return build_strategy(space.strategy, terms, seed_choices=choices)
 

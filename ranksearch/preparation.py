@@ -24,7 +24,7 @@ from ranksearch.calibration import collect, sample_outputs
 from ranksearch.conv import Conv
 from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
-from ranksearch.errors import DataError, ModelError, StudyError
+from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import content_hash, store
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
@@ -33,10 +33,10 @@ from ranksearch.pricing import Factors, Selection, decompose, kinds, price, sele
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.space import DataSpec, Space
 from ranksearch.spectra import with_spectra
-from ranksearch.strategies import READ_PRICES, READ_SPECTRA
+from ranksearch.strategies import READ_PRICES, READ_SPECTRA, runs_funnels
 from ranksearch.study import Setting
 from ranksearch.surgery import channels_last, count_macs, count_params
-from ranksearch.table import PREDICTED, PriceTable
+from ranksearch.table import GATEABLE, PREDICTED, PriceTable
 from ranksearch.training import computes_bfloat16, steps_of
 
 Notify = Callable[[str, int, int], None]
@@ -246,6 +246,8 @@ def settle(
     maps = [RankMap.load(path) for path in space.strategy.seed_maps]
     table, dear = price(space, selection, factors, maps)
     strategies = {space.strategy.name, *space.strategy.seeds}
+    if runs_funnels(space.strategy):
+        _check_gateable(space, table)
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
     if READ_PRICES & strategies and space.strategy.price != PREDICTED:
@@ -271,6 +273,20 @@ def settle(
         dtype=_fine_tuning_dtype(network),
         versions=versions(),
     )
+
+
+def _check_gateable(space: Space, table: PriceTable) -> None:
+    """Raise :class:`SpaceError` where no searched layer has a candidate that a funnel run can gate."""
+    wanted = space.strategy.options.get("format") if space.strategy.name == "funnel" else None
+    if table.gated([wanted] if wanted else space.formats) == table.dense:
+        found = sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense})
+        problem = Problem(
+            address="$.formats",
+            rule="a funnel run needs a layer without groups with a candidate whose ranks are its stages' channels",
+            value=f"candidates in {', '.join(found)}",
+            remedy=f"Add one of {', '.join(GATEABLE)}, widen layers.include, or take another strategy.",
+        )
+        raise SpaceError(space.name or "space", [problem])
 
 
 def _measured(
@@ -300,10 +316,11 @@ def _measured(
 
 def _fine_tuning_dtype(network: Network) -> str:
     """Settled once a search by the hardware: a stopwatch might answer differently for the next trial."""
-    spec = network.space.evaluation.fine_tune
-    if not steps_of(spec, len(network.data.train)) or spec.dtype != "auto":
+    space, spec = network.space, network.space.evaluation.fine_tune
+    trained = steps_of(spec, len(network.data.train)) > 0 or runs_funnels(space.strategy)
+    if not trained or spec.dtype != "auto":
         return "float32" if spec.dtype == "auto" else spec.dtype
-    return "bfloat16" if computes_bfloat16(device_of(network.space)) else "float32"
+    return "bfloat16" if computes_bfloat16(device_of(space)) else "float32"
 
 
 def versions() -> dict[str, str]:
@@ -360,5 +377,6 @@ def make_bench(
         logits=torch.cat(logits).cpu().numpy(),
         dtype=setting.dtype,
         weights_folder=weights_folder,
+        checkpoints_folder=weights_folder.parent / "checkpoints",
         cache=cache,
     )

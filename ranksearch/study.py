@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -27,8 +27,19 @@ from ranksearch.errors import StudyError
 from ranksearch.front import hypervolume, non_dominated
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.space import Space
+from ranksearch.strategies.funnel import RANGES
 from ranksearch.table import PriceTable
-from ranksearch.trial import MAXIMISED, Failure, Outcome, Proposal, Trial, constraints, minimised, objective_values
+from ranksearch.trial import (
+    MAXIMISED,
+    Failure,
+    Outcome,
+    Proposal,
+    Trial,
+    checkpoint_name,
+    constraints,
+    minimised,
+    objective_values,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,6 +140,11 @@ class Study:
         """Folder of the weights of the trials on the front."""
         return self.folder / "weights"
 
+    @property
+    def checkpoints_folder(self) -> Path:
+        """Folder of what funnel runs that have not ended go on from."""
+        return self.folder / "checkpoints"
+
     @contextmanager
     def driving(self) -> Iterator[None]:
         """Hold the right to write: one driver a study; raises :class:`StudyError` where another one holds it."""
@@ -147,12 +163,10 @@ class Study:
 
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
-        table = self.setting.table
-        params = {layer.name: i for layer, i in zip(table.layers, proposal.choices, strict=True)}
-        distributions: dict[str, Any] = {
-            layer.name: optuna.distributions.IntDistribution(0, len(layer.candidates) - 1) for layer in table.layers
-        }
+        params, distributions = _parameters(proposal, self.setting.table)
         attrs = {"index": index, "attempt": attempt, "origin": proposal.origin, "note": proposal.note}
+        if proposal.funnel:
+            attrs |= {"choices": list(proposal.choices), "settings": proposal.settings}
         template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
         number = self._storage.get_trial_number_from_id(trial_id)
@@ -170,13 +184,21 @@ class Study:
         """Record what came of a RUNNING trial."""
         trial_id = self._ids[trial.number]
         if isinstance(result, Failure):
-            retry = result.interrupted and trial.attempt == 0
+            retry = result.interrupted and (trial.attempt == 0 or self._moved_on(trial))
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
             self._storage.set_trial_user_attr(trial_id, "retry", retry)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
             return replace(trial, state="FAIL", reason=result.reason, retry=retry, end_ms=_now_ms())
         self._storage.set_trial_user_attr(trial_id, "outcome", result.to_json())
         return self._complete(trial, trial_id, result)
+
+    def _moved_on(self, trial: Trial) -> bool:
+        """Whether a funnel run has left a checkpoint since this try began: then another one gets further."""
+        checkpoint = self.checkpoints_folder / checkpoint_name(trial.index)
+        try:
+            return 1000 * checkpoint.stat().st_mtime > trial.start_ms
+        except OSError:
+            return False
 
     def _complete(self, trial: Trial, trial_id: int, outcome: Outcome) -> Trial:
         limits = self.constraints(outcome)
@@ -228,13 +250,19 @@ class Study:
     def _trial(self, frozen: FrozenTrial) -> Trial:
         self._ids[frozen.number] = frozen._trial_id
         attrs = frozen.user_attrs
-        choices = tuple(int(frozen.params[layer.name]) for layer in self.setting.table.layers)
+        named = attrs.get("choices") or [frozen.params[layer.name] for layer in self.setting.table.layers]
+        proposal = Proposal(
+            choices=tuple(map(int, named)),
+            origin=attrs["origin"],
+            note=attrs["note"],
+            settings=dict(attrs.get("settings", {})),
+        )
         complete = frozen.state == TrialState.COMPLETE
         return Trial(
             number=frozen.number,
             index=attrs["index"],
             attempt=attrs["attempt"],
-            proposal=Proposal(choices=choices, origin=attrs["origin"], note=attrs["note"]),
+            proposal=proposal,
             state=frozen.state.name,
             values=tuple(frozen.values) if complete else None,
             constraints=_by_name(frozen.constraints),
@@ -363,6 +391,19 @@ class Study:
             knee_point=knee,
         )
         return rank_map_of(self, picked)
+
+
+def _parameters(proposal: Proposal, table: PriceTable) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """A proposal as Optuna's parameters with their distributions: a candidate a layer, or what a funnel run explores.
+
+    What a funnel run starts from is none: its outcome is not that of these candidates.
+    """
+    if proposal.funnel:
+        explored = [name for name in RANGES if proposal.settings.get(name) is not None]
+        params: dict[str, Any] = {f"funnel.{name}": proposal.settings[name] for name in explored}
+        return params, {f"funnel.{name}": RANGES[name] for name in explored}
+    params = {layer.name: i for layer, i in zip(table.layers, proposal.choices, strict=True)}
+    return params, {layer.name: IntDistribution(0, len(layer.candidates) - 1) for layer in table.layers}
 
 
 def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:

@@ -35,6 +35,10 @@ UNFOLDINGS: Final = {
 """Formats whose every rank is that of an unfolding of the kernel, with the unfoldings in the order of the ranks."""
 
 
+GATEABLE: Final = ("tucker2", "svd", "spatial-svd", "channel-svd")
+"""Formats whose ranks are the channels between their stages, so that a funnel run can close them one by one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One way to write one layer: a format at given ranks, or dense."""
@@ -145,6 +149,18 @@ class PriceTable:
     def dense(self) -> tuple[int, ...]:
         """The choices that leave every searched layer dense."""
         return tuple(len(layer.candidates) - 1 for layer in self.layers)
+
+    def gated(self, formats: Sequence[str] = GATEABLE) -> tuple[int, ...]:
+        """What a funnel run starts from: of each layer the dearest candidate of the first of the formats that it has.
+
+        Layers that have none, and grouped ones, whose gates would differ from group to group, are left dense.
+        """
+        choices = []
+        for layer in self.layers:
+            last = {candidate.format: i for i, candidate in enumerate(layer.candidates)}
+            found = [last[name] for name in formats if name in last and name in GATEABLE]
+            choices.append(found[0] if found and layer.conv.groups == 1 else len(layer.candidates) - 1)
+        return tuple(choices)
 
     def picked(self, choices: Sequence[int]) -> dict[str, Candidate]:
         """Layer name to candidate, pinned layers included."""

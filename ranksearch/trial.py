@@ -14,16 +14,28 @@ MAXIMISED = frozenset({"accuracy"})
 """Objectives where more is better; the others are minimised."""
 
 
+Settings = dict[str, float | int | str | None]
+"""Of a funnel run, by the names of :class:`ranksearch.funnel.FunnelSpec`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """Ranks to try: one candidate of the price table for every searched layer."""
+    """Ranks to try: one candidate of the price table for every searched layer; or a funnel run, which ends in some."""
 
     choices: tuple[int, ...]
-    """Index of the candidate of each searched layer, in the table's order."""
+    """Index of the candidate of each searched layer, in the table's order. Of a funnel run: what it starts from, in
+    each layer to be gated a candidate of its format, as :meth:`ranksearch.table.PriceTable.gated` has them."""
     origin: str
     """The strategy that proposed it."""
     note: dict[str, Any] = field(default_factory=dict)
     """What the strategy wants to find again beside the trial (JSON types): its only memory."""
+    settings: Settings = field(default_factory=dict)
+    """Of a funnel run; empty where the choices themselves are to be tried."""
+
+    @property
+    def funnel(self) -> bool:
+        """Whether it is a funnel run."""
+        return bool(self.settings)
 
 
 class Signal(Enum):
@@ -59,7 +71,11 @@ class Outcome:
     weights: str | None = None
     """File of the compressed weights, relative to the study's folder; only for trials that may be on the front."""
     details: dict[str, Any] = field(default_factory=dict)
-    """How it was built (factor kind, recalibration, divergence, fine-tuning loss), JSON types."""
+    """How it was built (factor kind, recalibration, divergence, fine-tuning loss; a funnel run's history), JSON types.
+    """
+    layers: dict[str, Any] | None = None
+    """The layers of a funnel run's rank map, each as the JSON of a :class:`ranksearch.rankmap.LayerRanks`; None where
+    the proposal's choices are the rank map."""
 
     def __post_init__(self) -> None:
         if not (isfinite(self.loss) and 0.0 <= self.accuracy_search <= 1.0):
@@ -84,7 +100,8 @@ class Trial:
     index: int
     """Number of the proposal, from 0; a retried proposal keeps its index, and so its seed."""
     attempt: int = 0
-    """0, or 1 where the proposal is tried once more after an interruption."""
+    """0, or 1 where the proposal is tried once more after an interruption; of funnel runs, which go on from where they
+    were, also more."""
     proposal: Proposal
     state: str
     """``RUNNING``, ``COMPLETE`` or ``FAIL``: Optuna's names."""
@@ -116,11 +133,20 @@ class Task:
     """The trial's number."""
     choices: tuple[int, ...]
     seed: int
+    index: int = 0
+    """The proposal's number."""
+    settings: Settings = field(default_factory=dict)
+    """Of a funnel run; empty where the choices themselves are to be scored."""
     keep: bool = False
     """Whether the weights are kept, and the report images scored, whatever the outcome."""
     incumbents: tuple[tuple[float, ...], ...] = ()
     """Objectives (minimised) of the front when the task was handed out: a trial that one of them dominates will not
     be on the front, so it is not scored on the report images and its weights are not kept."""
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the file that a funnel run goes on from, whichever try of the proposal it is."""
+        return checkpoint_name(self.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +157,11 @@ class Failure:
     interrupted: bool = False
     """Whether the trial was cut short from outside (a killed worker or driver) rather than by what it computed: such
     a proposal is tried once more."""
+
+
+def checkpoint_name(index: int) -> str:
+    """The checkpoint's file of the proposal of this number."""
+    return f"{index}.pt"
 
 
 def objective_values(outcome: Outcome, objectives: tuple[str, ...]) -> tuple[float, ...]:

@@ -11,8 +11,8 @@ from ranksearch.rankmap import ModelRecord
 from ranksearch.space import Space
 from ranksearch.study import Setting
 from ranksearch.table import PriceTable
-from ranksearch.trial import Outcome, Task
-from tests.tables import DENSE_ACCURACY, price_table, table_outcome
+from ranksearch.trial import Outcome, Proposal, Task
+from tests.tables import DENSE_ACCURACY, price_table, proposal_outcome
 
 TABLE = price_table(layers=6, candidates=8)
 
@@ -56,4 +56,5 @@ class Lookup:
     def _evaluate(self, task: Task) -> Outcome:
         if task.choices in self.failing:
             raise ValueError(self.failing[task.choices])
-        return table_outcome(self.table, task.choices)
+        proposal = Proposal(choices=task.choices, origin="", settings=task.settings)
+        return proposal_outcome(self.table, proposal)

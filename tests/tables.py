@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
-from math import exp
+from math import exp, log10
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ranksearch.conv import Conv
+from ranksearch.rankmap import LayerRanks
 from ranksearch.table import DENSE, Candidate, LayerPrices, PriceTable
-from ranksearch.trial import Outcome
+from ranksearch.trial import Outcome, Proposal
 
 STEM_MACS = 442_368
 STEM_PARAMS = 448
@@ -123,6 +124,33 @@ def spectra_of(kernel: NDArray[np.float64]) -> tuple[tuple[str, tuple[float, ...
         matrices[f"columns-{k}"] = [part.reshape(t, -1) for part in np.split(kernel, k, axis=1)]
     found = {name: [np.linalg.svd(m, compute_uv=False) for m in each] for name, each in matrices.items()}
     return tuple((name, tuple(np.max(values, axis=0).tolist())) for name, values in found.items())
+
+
+def proposal_outcome(table: PriceTable, proposal: Proposal) -> Outcome:
+    """What a proposal scores: a rank map as :func:`table_outcome` has it, a funnel run what its settings make of it.
+
+    It ends in the candidates of its format within one share of each layer's MACs, the target or what the strength
+    leaves; training mends half of the damage at the best strength, 0.02, and the less the further from it.
+    """
+    if not proposal.funnel:
+        return table_outcome(table, proposal.choices)
+    target, strength = proposal.settings["target"], proposal.settings["strength"]
+    assert isinstance(strength, float)
+    share = target if isinstance(target, float) else 1 / (1 + 50 * strength)
+    ended, layers = [], {}
+    for layer, start in zip(table.layers, proposal.choices, strict=True):
+        form = layer.candidates[start].format
+        within = [i for i, c in enumerate(layer.candidates) if c.format == form and c.macs <= share * layer.conv.macs]
+        ended.append(max(within, default=start if form == DENSE else 0))
+        found = layer.candidates[ended[-1]]
+        if not found.dense:
+            kept = {"format": found.format, "ranks": found.ranks, "macs": found.macs, "params": found.params}
+            layers[layer.name] = LayerRanks(**kept, conv=layer.conv.to_json()).model_dump(mode="json")
+    raw = table_outcome(table, ended)
+    mended = 0.5 * exp(-(log10(strength / 0.02) ** 2))
+    accuracy = raw.accuracy_search + mended * (DENSE_ACCURACY - raw.accuracy_search)
+    loss = raw.loss * (1 - mended)
+    return replace(raw, accuracy_search=accuracy, accuracy=accuracy, loss=loss, layers=layers)
 
 
 def table_outcome(table: PriceTable, choices: Sequence[int]) -> Outcome:

@@ -59,6 +59,7 @@ class GatedNetwork:
         formats: layer to the name of its format.
         prepared: layer to its prepared tensors.
         input_shape: of one image.
+        pinned: layer to the module that it is from the start, for layers that are not gated.
 
     Raises:
         ModelError: no such layer.
@@ -66,7 +67,12 @@ class GatedNetwork:
     """
 
     def __init__(
-        self, dense: nn.Module, formats: Mapping[str, str], prepared: Mapping[str, Prepared], input_shape: Shape
+        self,
+        dense: nn.Module,
+        formats: Mapping[str, str],
+        prepared: Mapping[str, Prepared],
+        input_shape: Shape,
+        pinned: Mapping[str, nn.Module] | None = None,
     ) -> None:
         found = {layer.name: layer for layer in find_layers(dense, input_shape)}
         missing = [name for name in formats if name not in found]
@@ -76,7 +82,7 @@ class GatedNetwork:
                 f"them. The network has {', '.join(list(found)[:4])}, ..."
             )
         self.layers: list[GatedLayer] = []
-        modules: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = dict(pinned or {})
         for name, form_name in formats.items():
             layer, form = found[name], FORMATS[form_name]
             if layer.calls != 1:
@@ -87,7 +93,8 @@ class GatedNetwork:
                 form, layer.conv, bounds, prepared[name], *kernel_of(dense.get_submodule(name))
             )
         self.dense_macs = count_macs(dense, input_shape)
-        self.other_macs = self.dense_macs - sum(layer.conv.macs for layer in self.layers)
+        others = count_macs(replaced(dense, pinned), input_shape) if pinned else self.dense_macs
+        self.other_macs = others - sum(layer.conv.macs for layer in self.layers)
         self.model = channels_last(replaced(dense, modules))
 
     def gates(self) -> list[nn.Parameter]:

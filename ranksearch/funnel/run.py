@@ -57,6 +57,7 @@ class Funnel:
         spec: the schedule.
         seed: of batches and their changes.
         dtype: arithmetic of the networks; gates are float32 always.
+        pinned: layer to the module that it is from the start; trained like the rest.
 
     Raises:
         BudgetError: ranks of 1 everywhere cost more than the target.
@@ -74,9 +75,10 @@ class Funnel:
         *,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        pinned: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.dense, self.data, self.spec, self.seed, self.dtype = dense, data, spec, seed, dtype
-        self.network = GatedNetwork(dense, formats, prepared, data.input_shape)
+        self.network = GatedNetwork(dense, formats, prepared, data.input_shape, pinned)
         least = self.network.ratio([(1,) * len(layer.bounds) for layer in self.network.layers])
         if spec.target is not None and least > spec.target:
             raise BudgetError(

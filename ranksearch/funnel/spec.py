@@ -13,7 +13,7 @@ class FunnelSpec:
     """What a funnel run does; rates and strength by default as published."""
 
     target: float | None = 0.5
-    """MACs of the result as a share of the dense network's; None: what strength and threshold leave."""
+    """MACs of the result, at most, as a share of the dense network's; None: what strength and threshold leave."""
     penalty: Penalty = "funnel"
     strength: float = 0.005
     """Of the penalty on the mean gate; where there is a target, the strength that the controller starts at."""

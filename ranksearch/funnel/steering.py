@@ -2,7 +2,7 @@
 
 The MACs of the chains should fall along a line, from those at full rank to the target well before the steps under the
 penalty end. An integral controller of the strength's logarithm holds them to it. No step goes below the target, so
-the threshold that is chosen in the end meets it from above.
+the threshold that is chosen in the end has few gates left to close.
 """
 
 from __future__ import annotations
@@ -109,19 +109,18 @@ class Steering:
 
 
 def threshold_for(network: GatedNetwork, sizes: Tensor, target: float) -> float:
-    """The threshold on the gates' sizes at which the MAC ratio is nearest to ``target``."""
+    """The lowest threshold on the gates' sizes at which the MAC ratio is at most ``target``, which must be reachable.
+
+    At most, not nearest: who asks for a share of the MACs may have no more to spend.
+    """
 
     def ratio(threshold: float) -> float:
         return network.ratio(network.ranks(sizes, threshold))
 
-    def distance(threshold: float) -> float:
-        return abs(ratio(threshold) - target)
-
-    # The ratio falls with the threshold: the first one at which it is at most the target, and the one before.
-    thresholds = [-1.0, *sorted(sizes.tolist())]
+    # The ratio falls with the threshold.
+    thresholds: list[float] = [-1.0, *sorted(sizes.tolist())]
     low, high = 0, len(thresholds) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if ratio(thresholds[middle]) <= target else (middle + 1, high)
-    nearest: float = min(thresholds[max(0, low - 1) : low + 1], key=distance)
-    return nearest
+    return thresholds[low]

@@ -1,20 +1,20 @@
 """Strategies: arithmetic on the price table and the trials so far, which says what to try next.
 
 To add one, write a frozen dataclass with ``propose`` in a file of this folder, whose answer depends on nothing but its
-own fields and the arguments, and which never proposes choices that a trial had before; where it only picks rank maps
-off the price table, a ``Rule`` of ``ladder.py`` is enough. Add a function that makes it from the space's ``strategy``
-section to ``STRATEGIES``. Add it to the table in
+own fields and the arguments, and which never proposes choices (of a funnel run: with settings) that a trial had
+before; where it only picks rank maps off the price table, a ``Rule`` of ``ladder.py`` is enough. Add a function that
+makes it from the space's ``strategy`` section to ``STRATEGIES``. Add it to the table in
 ``tests/conformance/test_strategies.py``, which then tests everything a strategy must keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from math import inf
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
@@ -32,10 +32,23 @@ from ranksearch.strategies.lc import Lc
 from ranksearch.strategies.random import Random
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.strategies.water_filling import WaterFilling
-from ranksearch.table import MEASURED, PREDICTED, PriceTable
+from ranksearch.table import GATEABLE, MEASURED, PREDICTED, PriceTable
 from ranksearch.trial import Proposal, Signal, Trial
 
-__all__ = ["READ_PRICES", "READ_SPECTRA", "STRATEGIES", "USER", "Strategy", "Terms", "build_strategy"]
+if TYPE_CHECKING:
+    from ranksearch.strategies.asking import Asker
+
+__all__ = [
+    "DEFAULT_SAMPLERS",
+    "READ_PRICES",
+    "READ_SPECTRA",
+    "STRATEGIES",
+    "USER",
+    "Strategy",
+    "Terms",
+    "build_strategy",
+    "runs_funnels",
+]
 
 USER = "user"
 """Origin of the proposals that are the user's own rank maps."""
@@ -59,7 +72,7 @@ Built = TypeVar("Built")
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What a space asks of any strategy."""
+    """What a space asks of any strategy, beside the section that is its own."""
 
     seed: int
     objectives: tuple[str, ...]
@@ -68,6 +81,8 @@ class Terms:
     """Shares of the dense network's MACs that matter most."""
     max_macs_ratio: float = inf
     """Rank maps with a larger share of the MACs are of no use."""
+    formats: tuple[str, ...] = ()
+    """The space's formats; empty where they are not known."""
 
 
 Maker = Callable[[StrategySpec, Terms], Strategy]
@@ -84,7 +99,8 @@ def _ladder(kind: type[Rule]) -> Maker:
 def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) -> Built:
     """``kind`` with the spec's options for its fields, but for those ``given``.
 
-    A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs.
+    A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs; a
+    field ``targets`` is that of the terms where they have some.
     """
     fields = signature(kind).parameters
     taken = [name for name in fields if name not in ("price", *given)]
@@ -96,6 +112,8 @@ def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) ->
         given["price"] = spec.price
     if "cost" in taken and "params" in terms.objectives and "macs" not in terms.objectives:
         given["cost"] = "params"
+    if "targets" in taken and terms.targets:
+        given["targets"] = terms.targets
     if not problems:
         try:
             return kind(**(given | spec.options))
@@ -123,17 +141,44 @@ def _random(spec: StrategySpec, terms: Terms) -> Strategy:
 
 
 def _optuna(spec: StrategySpec, terms: Terms) -> Strategy:
+    from ranksearch.strategies.optuna import NAME, Optuna
+
+    return Optuna(asker=_asker(NAME, spec.sampler or DEFAULT_SAMPLERS[NAME], spec.options, terms))
+
+
+def _funnel(spec: StrategySpec, terms: Terms) -> Strategy:
+    from ranksearch.strategies.funnel import NAME, FunnelSearch
+
+    # As a seed it leaves the sampler to the strategy that it seeds: that one's may be for whole numbers only.
+    named = spec.sampler if spec.name == NAME else None
+    asker = _asker(NAME, named or DEFAULT_SAMPLERS[NAME], {}, terms)
+    made = _built(FunnelSearch, spec, terms, asker=asker, formats=terms.formats or GATEABLE)
+    try:
+        made.check_sampler()
+    except ValueError as error:
+        rule, remedy = f"the sampler must be for real numbers and categories ({error})", "Take another, such as `tpe`."
+        raise SpaceError("space", [_problem("sampler", rule, repr(named), remedy)]) from error
+    wanted = [made.format] if made.format else list(GATEABLE)
+    if terms.formats and not set(wanted) & set(terms.formats):
+        rule = "a funnel run needs a format whose ranks are the channels between its stages"
+        remedy = f"Add {' or '.join(f'`{name}`' for name in wanted)}."
+        problem = Problem(address="$.formats", rule=rule, value=", ".join(terms.formats), remedy=remedy)
+        raise SpaceError("space", [problem])
+    return made
+
+
+def _asker(origin: str, name: str, options: Mapping[str, Any], terms: Terms) -> Asker:
     # Optuna is imported only by searches that use it.
-    from ranksearch.strategies.optuna import Optuna
+    from ranksearch.strategies.asking import Asker
     from ranksearch.strategies.samplers import DEFAULTS, check_options, find_sampler
 
-    sampler = find_sampler(spec.sampler)
+    sampler = find_sampler(name)
     if isinstance(sampler, Problem):
         raise SpaceError("space", [sampler])
-    if problems := check_options(sampler, spec.options):
+    if problems := check_options(sampler, options):
         raise SpaceError("space", problems)
-    options = DEFAULTS.get(spec.sampler, {}) | spec.options
-    return Optuna(sampler=sampler, options=options, seed=terms.seed, objectives=terms.objectives)
+    known = DEFAULTS.get((origin, name), {}) | dict(options)
+    return Asker(origin=origin, sampler=sampler, options=known, seed=terms.seed, objectives=terms.objectives)
 
 
 STRATEGIES: dict[str, Maker] = {
@@ -150,8 +195,12 @@ STRATEGIES: dict[str, Maker] = {
     "knapsack": _ladder(Knapsack),
     "random": _random,
     "optuna": _optuna,
+    "funnel": _funnel,
 }
 """The strategies by their names in a space file."""
+
+DEFAULT_SAMPLERS = {"optuna": "nsga2", "funnel": "tpe"}
+"""Optuna's sampler of the strategies that ask one, where the space names none."""
 
 READ_PRICES = frozenset({"auto", "knapsack", "greedy", "lc", "eps"})
 """Strategies that reckon with the price that the space names."""
@@ -185,6 +234,11 @@ class _Seeded:
         return self.main.propose(table, trials)
 
 
+def runs_funnels(spec: StrategySpec) -> bool:
+    """Whether some trials of the strategy or of its seeds are funnel runs."""
+    return spec.name == "funnel" or (spec.name in _SEEDED and "funnel" in spec.seeds)
+
+
 def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[tuple[int, ...]] = ()) -> Strategy:
     """The strategy of a space file: it never proposes the same rank map twice.
 
@@ -194,22 +248,24 @@ def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[t
         seed_choices: the user's own rank maps as indices of the table's candidates; they are tried first.
 
     Raises:
-        SpaceError: an unknown strategy or sampler, or options that it does not take.
+        SpaceError: an unknown strategy or sampler, options that it does not take, or formats that it cannot use.
     """
     named = {"$.strategy.name": spec.name} | {f"$.strategy.seeds[{i}]": name for i, name in enumerate(spec.seeds)}
     problems = [_unknown(address, name) for address, name in named.items() if name not in STRATEGIES]
     plain = spec.model_copy(update={"options": {}})
+    names = [name for name in dict.fromkeys(spec.seeds) if spec.name in _SEEDED and name != spec.name]
+    seeds: dict[str, Strategy] = {}
     try:
         # An unknown strategy may have been meant to be Optuna's: its sampler is checked too, to tell all at once.
         main = STRATEGIES[spec.name](spec, terms) if spec.name in STRATEGIES else _optuna(plain, terms)
+        seeds = {name: STRATEGIES[name](plain, terms) for name in names if name in STRATEGIES}
     except SpaceError as error:
         problems += error.problems
     if problems:
         raise SpaceError("space", problems)
-    names = [name for name in dict.fromkeys(spec.seeds) if spec.name in _SEEDED and name != spec.name]
     return _Seeded(
         user=tuple(dict.fromkeys(tuple(choices) for choices in seed_choices)),
-        seeds=tuple((name, STRATEGIES[name](plain, terms)) for name in names),
+        seeds=tuple(seeds.items()),
         seed_points=spec.seed_points,
         main=main,
     )

@@ -155,13 +155,14 @@ class _Model:
         self.layers = len(table.layers)
         self.dense = float(table.macs(table.dense) if rule.cost == "macs" else table.params(table.dense))
         self.other = float(table.other_macs if rule.cost == "macs" else table.other_params)
-        newest = sorted(trials, key=lambda trial: trial.index)[-HISTORY:]
+        maps = [trial for trial in trials if not trial.proposal.funnel]
+        newest = sorted(maps, key=lambda trial: trial.index)[-HISTORY:]
         seen = [(t.proposal.choices, self.quality.of(t), t.feasible) for t in newest]
         scored = [(choices, loss) for choices, loss, _ in seen if loss is not None]
         self.maps = [choices for choices, _ in scored]
         self.losses = np.array([loss for _, loss in scored])
         self.feasible = np.array([feasible for _, loss, feasible in seen if loss is not None], dtype=bool)
-        self.running = [t.proposal.choices for t in trials if t.state == "RUNNING"]
+        self.running = [t.proposal.choices for t in maps if t.state == "RUNNING"]
         self._learn()
 
     def allowed(self, choices: Choices) -> bool:

@@ -58,7 +58,7 @@ class GreedyMultiStep:
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next move to measure, WAIT for those being measured, or DONE."""
-        latest = {trial.proposal.choices: trial for trial in trials}
+        latest = {trial.proposal.choices: trial for trial in trials if not trial.proposal.funnel}
         walk = _Walk(rule=self, table=table, latest=latest, at=table.dense)
         if table.dense not in latest:
             return Proposal(choices=table.dense, origin=NAME, note={"move": None, "parent": None})

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _CLOSED = ("FINISHED", "FAILED")
-_LONGEST_PARAM, _LONGEST_TAG, _PARAMS_PER_BATCH = 6000, 5000, 100
-"""MLflow's limits, in characters and parameters."""
+_LONGEST_PARAM, _LONGEST_TAG, _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 6000, 5000, 100, 1000
+"""MLflow's limits, in characters, parameters and metrics."""
 
 _logger = logging.getLogger("ranksearch")
 
@@ -49,6 +49,8 @@ class TrialRecord:
     """Layer to its choice, such as ``tucker2(8, 8)`` or ``dense``."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Accuracies, loss, MACs, params, seconds; what is not finite is left out."""
+    series: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """Values over the steps of a training: name to pairs of a step and its value, likewise."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """State, reason, origin, ...; ``on_front`` (``true`` or ``false``) is brought up to date at the end."""
     rank_map: Mapping[str, Any] | None = None
@@ -259,6 +261,8 @@ class Tracker:
         else:
             self._log(run_id, params=record.params, metrics=record.metrics, at_ms=record.end_ms, tags=record.tags)
         self._children[record.number] = run_id
+        if record.series:
+            self._log_series(run_id, record)
         if record.rank_map is not None:
             self._client.log_dict(run_id, dict(record.rank_map), "rank_map.json")
         if record.tags.get("on_front") == "true":
@@ -288,6 +292,16 @@ class Tracker:
         self._client.log_batch(run_id, metrics=points, params=pairs[:_PARAMS_PER_BATCH], tags=labels)
         for start in range(_PARAMS_PER_BATCH, len(pairs), _PARAMS_PER_BATCH):
             self._client.log_batch(run_id, params=pairs[start : start + _PARAMS_PER_BATCH])
+
+    def _log_series(self, run_id: str, record: TrialRecord) -> None:
+        points = [
+            Metric(name, value, record.end_ms, step)
+            for name, pairs in record.series.items()
+            for step, value in pairs
+            if isfinite(value)
+        ]
+        for start in range(0, len(points), _METRICS_PER_BATCH):
+            self._client.log_batch(run_id, metrics=points[start : start + _METRICS_PER_BATCH])
 
     def _upload(self, documents: Mapping[str, Any]) -> None:
         """Artifacts of the search's run: files, texts, bytes or JSON types, by their names."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from ranksearch.export import choose, rank_map_of
 from ranksearch.space import Space
+from ranksearch.strategies import DEFAULT_SAMPLERS
 from ranksearch.study import Study
+from ranksearch.table import DENSE, PriceTable
 from ranksearch.tracking.store import shown
 from ranksearch.tracking.tracker import Tracker, TrialRecord
 from ranksearch.trial import Trial
@@ -45,7 +47,7 @@ class View:
                 "formats": ", ".join(space.formats),
                 "objectives": ", ".join(space.objectives),
                 "strategy": space.strategy.name,
-                "sampler": space.strategy.sampler,
+                "sampler": space.strategy.sampler or DEFAULT_SAMPLERS.get(space.strategy.name, "none"),
                 "trials": space.budget.trials,
                 "fine_tune_steps": space.evaluation.fine_tune.steps,
                 "engine": space.resources.engine,
@@ -94,7 +96,6 @@ class View:
 
     def _record(self, trial: Trial) -> TrialRecord:
         study, outcome = self._study, trial.outcome
-        picked = study.setting.table.picked(trial.proposal.choices)
         metrics: dict[str, Any] = {}
         if outcome is not None:
             measured = ("accuracy", "accuracy_search", "loss", "macs", "params", "seconds")
@@ -105,8 +106,9 @@ class View:
         return TrialRecord(
             number=trial.number,
             name=f"trial-{trial.number}",
-            params={name: f"{c.format}{c.ranks}" if c.ranks else c.format for name, c in picked.items()},
+            params=_params(trial, study.setting.table),
             metrics=metrics,
+            series=_series(outcome.details.get("history", ())) if outcome is not None else {},
             tags={
                 "state": trial.state,
                 "origin": trial.proposal.origin,
@@ -118,6 +120,31 @@ class View:
             start_ms=trial.start_ms,
             end_ms=trial.end_ms,
         )
+
+
+def _params(trial: Trial, table: PriceTable) -> dict[str, str]:
+    """Layer to its choice; of a funnel run its settings, and the choices that it ended in, if it did."""
+    if not trial.proposal.funnel:
+        picked = table.picked(trial.proposal.choices).items()
+        return {name: f"{c.format}{c.ranks}" if c.ranks else c.format for name, c in picked}
+    settings = {f"funnel.{name}": str(value) for name, value in trial.proposal.settings.items()}
+    if trial.outcome is None:
+        return settings
+    found = trial.outcome.layers or {}
+    ranks = {name: f"{layer['format']}{tuple(layer['ranks'])}" for name, layer in found.items()}
+    return settings | dict.fromkeys(table.convs, DENSE) | ranks
+
+
+def _series(history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """A funnel run's history as series over its steps: the loss, and while there are gates also what closes them."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        values = {name: entry[name] for name in ("loss", "c", "strength", "macs_ratio") if entry.get(name) is not None}
+        if "alive" in entry:
+            values["gates"] = sum(map(sum, entry["alive"].values()))
+        for name, value in values.items():
+            series.setdefault(f"funnel.{name}", []).append((entry["step"], float(value)))
+    return series
 
 
 def _shown(space: Space) -> dict[str, Any]:

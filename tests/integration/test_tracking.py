@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,8 +25,11 @@ from mlflow.entities import Run
 from ranksearch.errors import TrackingError
 from ranksearch.space import TrackingSpec
 from ranksearch.storage import Store
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.tracking import Tracker, TrialRecord, View, ui_command
-from tests.studies import setting_of, space_of
+from ranksearch.trial import Failure, Proposal
+from tests.studies import TABLE, setting_of, space_of
+from tests.tables import proposal_outcome
 
 LAYERS = [f"layer{i}.conv{j}" for i in range(3) for j in range(6)]
 DENSE = {"accuracy": 0.9, "accuracy_search": 0.91, "macs": 40_000_000, "params": 270_000}
@@ -444,6 +448,44 @@ def test_the_pages_command_serves_the_default_store(tmp_path: Path) -> None:
         with page:
             assert json.load(page) == record(0).rank_map
     assert os.listdir(tmp_path / "cwd") == []
+
+
+def test_of_funnel_runs_settings_ranks_and_the_course_are_shown(folder: Path) -> None:
+    study = Store(folder).create("digits", setting_of(space_of(strategy={"name": "funnel"})))
+    strategy = build_strategy(study.space.strategy, Terms(seed=0, objectives=("accuracy", "macs")))
+    proposal = strategy.propose(TABLE, [])
+    assert isinstance(proposal, Proposal)
+    gates = {"strength": 0.1, "macs_ratio": 1.2, "alive": {"a": [8, 8], "b": [3]}}
+    fewer = {"strength": 0.2, "macs_ratio": 0.6, "alive": {"a": [4, 5], "b": [1]}}
+    history = [
+        {"step": 4, "phase": "settle", "loss": 2.0, "c": None, **gates},
+        {"step": 8, "phase": "penalty", "loss": 1.0, "c": 0.5, **fewer},
+        {"step": 12, "phase": "fine-tune", "loss": 0.5},
+    ]
+    outcome = replace(proposal_outcome(TABLE, proposal), details={"history": history})
+    done = study.finish(study.begin(proposal, index=0), outcome)
+    failed = study.finish(study.begin(proposal, index=1), Failure(reason="out of memory"))
+    with closing(Tracker(TrackingSpec(), folder=folder)) as tracker:
+        View(study, tracker).sync([done, failed])
+    _, (shown, lost) = runs(tracker.uri)
+    client = MlflowClient(tracking_uri=tracker.uri)
+    course = {
+        name: [(point.step, point.value) for point in client.get_metric_history(shown.info.run_id, f"funnel.{name}")]
+        for name in ("loss", "strength", "macs_ratio", "gates", "c")
+    }
+    assert course == {
+        "loss": [(4, 2.0), (8, 1.0), (12, 0.5)],
+        "strength": [(4, 0.1), (8, 0.2)],
+        "macs_ratio": [(4, 1.2), (8, 0.6)],
+        "gates": [(4, 19.0), (8, 10.0)],
+        "c": [(8, 0.5)],
+    }
+    assert shown.data.params["funnel.target"] == "0.5"
+    assert outcome.layers is not None
+    for name, ended in outcome.layers.items():
+        assert shown.data.params[name] == f"{ended['format']}({ended['ranks'][0]},)"
+    assert lost.data.params.keys() == {f"funnel.{name}" for name in proposal.settings}
+    assert lost.info.status == "FAILED"
 
 
 def test_no_password_is_shown(folder: Path) -> None:

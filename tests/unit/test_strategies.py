@@ -19,7 +19,7 @@ from ranksearch.space import StrategySpec
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Trial, minimised, objective_values
-from tests.tables import price_table, table_outcome
+from tests.tables import price_table, proposal_outcome
 
 OBJECTIVES = ("accuracy", "macs")
 
@@ -40,14 +40,14 @@ def search(
 
 
 def completed(table: PriceTable, number: int, proposal: Proposal, max_macs_ratio: float = 1.0) -> Trial:
-    outcome = table_outcome(table, proposal.choices)
+    outcome = proposal_outcome(table, proposal)
     return Trial(
         number=number,
         index=number,
         proposal=proposal,
         state="COMPLETE",
         values=objective_values(outcome, OBJECTIVES),
-        constraints=(table.macs_ratio(proposal.choices) - max_macs_ratio,),
+        constraints=(outcome.macs / table.dense_macs - max_macs_ratio,),
         outcome=outcome,
     )
 
@@ -221,6 +221,16 @@ def test_another_process_proposes_the_same(sampler: str) -> None:
         ({"name": "greedy", "price": "lost"}, "$.strategy.price", "Did you mean `loss`?"),
         ({"name": "evbmf", "options": {"weakening": -1}}, "$.strategy.options", "Correct them."),
         ({"name": "greedy-multi-step", "options": {"step": 0}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"penalty_step": 9}}, "$.strategy.options.penalty_step", "`penalty_steps`?"),
+        ({"name": "funnel", "options": {"targets": [0.5, 1.2]}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"penalty_steps": 0}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"gate_rate": 0.0}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"penalty": "l3"}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"mac_weighted": 2}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"format": "cp"}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"targets": 0.5}}, "$.strategy.options", "Correct them."),
+        ({"name": "funnel", "options": {"formats": ["svd"]}}, "$.strategy.options.formats", "Did you mean `format`?"),
+        ({"name": "funnel", "sampler": "optuna.samplers:BruteForceSampler"}, "$.strategy.sampler", "such as `tpe`"),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_remedy(section: dict[str, Any], address: str, remedy: str) -> None:
