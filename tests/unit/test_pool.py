@@ -114,6 +114,16 @@ def test_what_cannot_be_pickled_or_is_little_is_done_here(tmp_path: Path) -> Non
     assert not read_by(tmp_path)
 
 
+def test_what_the_users_script_defines_is_done_there(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import os\nfrom ranksearch.engine.pool import over_processes\n"
+        "def work(item):\n    return item, os.getpid()\n"
+        "assert list(over_processes(2)(work, [1, 2])) == [(1, os.getpid()), (2, os.getpid())]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, check=True, timeout=60)
+
+
 def test_a_function_that_cannot_be_read_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "passing.py").write_text("def work(item):\n    return item\n")
     monkeypatch.syspath_prepend(tmp_path)
