@@ -39,8 +39,8 @@ _PATIENCE_SECONDS = 10.0
 def over_processes(count: int) -> Callable[[Work, Iterable[Any]], Iterator[Any]]:
     """A ``map`` over up to ``count`` processes; results come in the order of the items.
 
-    An error of the function is raised here as it is. A function that cannot be pickled, as a user's network may not be,
-    is called in this process, and so it is where there is work for one process only.
+    An error of the function is raised here as it is. A function that cannot be pickled, or holds what the user's script
+    itself defines, as a user's network may, is called in this process; so it is where there is work for one only.
 
     Raises:
         EngineError: a process died.
@@ -58,10 +58,12 @@ def over_processes(count: int) -> Callable[[Work, Iterable[Any]], Iterator[Any]]
 
 
 def _pickled(work: Work) -> bytes | None:
+    """The function as bytes, or None where another process could not read it."""
     try:
-        return pickle.dumps(work)
+        content = pickle.dumps(work)
     except Exception:  # whatever a user's classes raise
         return None
+    return None if b"__main__" in content else content
 
 
 def _dealt(content: bytes, items: list[Any], count: int) -> Iterator[Any]:

@@ -36,6 +36,8 @@ class Work:
     folder: Path
     calls: int = 0
     seconds: dict[int, float] = field(default_factory=dict)
+    meet: int = 0
+    """Nobody begins until so many processes have read the function."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -44,6 +46,8 @@ class Work:
 
     def __call__(self, item: int) -> tuple[int, int, int]:
         self.calls += 1
+        while len(read_by(self.folder)) < self.meet:
+            time.sleep(0.05)
         time.sleep(self.seconds.get(item, 0.0))
         if item == -1:
             raise ValueError("a kernel holds NaN")
@@ -64,7 +68,7 @@ def alive(pid: int) -> bool:
 
 
 def test_results_come_in_order_and_the_function_is_read_once_a_process(tmp_path: Path) -> None:
-    found = list(over_processes(2)(Work(tmp_path, seconds={0: 0.4}), range(9)))
+    found = list(over_processes(2)(Work(tmp_path, seconds={0: 2.0}, meet=2), range(9)))
     assert [square for square, _, _ in found] == [i * i for i in range(9)]
     processes = {pid for _, _, pid in found}
     assert sorted(read_by(tmp_path)) == sorted(processes)
@@ -91,14 +95,14 @@ def test_an_error_is_raised_here_and_ends_the_others(
 ) -> None:
     started = time.monotonic()
     with pytest.raises(kind, match=message):
-        list(over_processes(2)(Work(tmp_path, seconds={1: 600.0}), [0, 1, item, 3]))
+        list(over_processes(2)(Work(tmp_path, seconds={1: 600.0}, meet=2), [0, 1, item, 3]))
     assert time.monotonic() - started < 60
     assert len(read_by(tmp_path)) == 2
     assert not any(map(alive, read_by(tmp_path)))
 
 
 def test_who_stops_listening_ends_the_processes(tmp_path: Path) -> None:
-    results = over_processes(2)(Work(tmp_path, seconds={2: 600.0, 3: 600.0}), range(9))
+    results = over_processes(2)(Work(tmp_path, seconds={2: 600.0, 3: 600.0}, meet=2), range(9))
     assert next(results)[0] == 0
     results.close()  # type: ignore[attr-defined]
     assert not any(map(alive, read_by(tmp_path)))
@@ -112,6 +116,16 @@ def test_what_cannot_be_pickled_or_is_little_is_done_here(tmp_path: Path) -> Non
     assert [pid for _, _, pid in over_processes(2)(Work(tmp_path), [5])] == [os.getpid()]
     assert [pid for _, _, pid in over_processes(1)(Work(tmp_path), [5, 6])] == [os.getpid()] * 2
     assert not read_by(tmp_path)
+
+
+def test_what_the_users_script_defines_is_done_there(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import os\nfrom ranksearch.engine.pool import over_processes\n"
+        "def work(item):\n    return item, os.getpid()\n"
+        "assert list(over_processes(2)(work, [1, 2])) == [(1, os.getpid()), (2, os.getpid())]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, check=True, timeout=60)
 
 
 def test_a_function_that_cannot_be_read_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +143,7 @@ def test_a_function_that_cannot_be_read_there_is_told(tmp_path: Path, monkeypatc
 def test_as_many_processes_as_asked_for_or_as_there_are_cores(
     settings: dict[str, int], count: int, tmp_path: Path
 ) -> None:
-    # Slow first items, so that nobody can take two before all have one.
-    work = Work(tmp_path, seconds=dict.fromkeys(range(count), 2.0))
+    work = Work(tmp_path, meet=count)
     found = list(build_map(ResourcesSpec.model_validate(settings))(work, range(count)))
     assert len({pid for _, _, pid in found}) == count
 
