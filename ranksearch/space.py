@@ -157,14 +157,14 @@ class StrategySpec(Section):
     """How proposals are made."""
 
     name: str = "optuna"
-    """A strategy. ``optuna`` and ``greedy-multi-step`` learn from the trials, ``random`` does not; ``funnel`` trains
-    the network under a penalty that closes ranks, and learns how to; the others read a ladder of rank maps off the
-    price table: ``knapsack``, ``greedy``, ``lc``, ``water-filling``, ``energy``, ``uniform``, ``eps``, ``evbmf``,
+    """A strategy. ``auto``, ``optuna`` and ``greedy-multi-step`` learn from the trials, ``random`` does not; ``funnel``
+    trains the network under a penalty that closes ranks, and learns how to; the others read a ladder of rank maps off
+    the price table: ``knapsack``, ``greedy``, ``lc``, ``water-filling``, ``energy``, ``uniform``, ``eps``, ``evbmf``,
     ``alds``."""
     price: str = "predicted"
-    """The loss of a candidate that ``knapsack``, ``greedy``, ``lc`` and ``eps`` reckon with: ``predicted`` (the error
-    of the table), or a measured one of replacing that layer alone: ``weight``, ``output``, ``divergence``, ``loss``,
-    ``second-order``, ``drop``."""
+    """The loss of a candidate that ``auto``, ``knapsack``, ``greedy``, ``lc`` and ``eps`` reckon with: ``predicted``
+    (the error of the table), or a measured one of replacing that layer alone: ``weight``, ``output``, ``divergence``,
+    ``loss``, ``second-order``, ``drop``."""
     price_images: Positive = 256
     """Calibration images, with their labels, that a measured price is measured on."""
     sampler: str | None = None

@@ -1,0 +1,92 @@
+"""The strategy that learns its prices, on tables whose layers matter more or less than their errors say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranksearch.front import hypervolume, non_dominated
+from ranksearch.space import StrategySpec
+from ranksearch.strategies import Terms, build_strategy
+from ranksearch.strategies.auto import gains
+from ranksearch.table import PriceTable
+from ranksearch.trial import Outcome, Proposal, Trial, objective_values
+from tests.tables import price_table
+
+OBJECTIVES = ("accuracy", "macs")
+
+
+def accuracy(table: PriceTable, choices: tuple[int, ...], seed: int) -> float:
+    """Falls with the errors, each layer's times a weight of its own, and with the products of neighbours' errors."""
+    rng = np.random.default_rng([seed, 7])
+    weights = np.exp(rng.normal(0, 1.0, len(choices)))
+    errors = weights * [layer.candidates[i].error for layer, i in zip(table.layers, choices, strict=True)]
+    return float(0.1 + 0.82 * np.exp(-0.3 * errors.sum() - 0.1 * (errors[1:] * errors[:-1]).sum()))
+
+
+def searched(name: str, table: PriceTable, trials: int, seed: int, terms: Terms) -> list[Trial]:
+    """The trials of a search in batches of four."""
+    strategy = build_strategy(StrategySpec(name=name), terms)
+    found: list[Trial] = []
+    while len(found) < trials:
+        batch: list[Trial] = []
+        for i in range(len(found), len(found) + 4):
+            proposal = strategy.propose(table, [*found, *batch])
+            assert isinstance(proposal, Proposal)
+            batch.append(Trial(number=i, index=i, proposal=proposal, state="RUNNING"))
+        for trial in batch:
+            choices = trial.proposal.choices
+            outcome = Outcome(
+                accuracy_search=accuracy(table, choices, seed),
+                loss=1.0,
+                macs=table.macs(choices),
+                params=1,
+                seconds=0.0,
+            )
+            values = objective_values(outcome, OBJECTIVES)
+            found.append(replace(trial, state="COMPLETE", outcome=outcome, values=values))
+    return found
+
+
+def volume(table: PriceTable, trials: list[Trial]) -> float:
+    points = [(1 - t.outcome.accuracy_search, t.outcome.macs / table.dense_macs) for t in trials if t.outcome]
+    return hypervolume([points[i] for i in non_dominated(points)], (1.0, 1.0))
+
+
+@pytest.mark.slow
+def test_learned_prices_beat_the_table_s() -> None:
+    gained = []
+    for seed in range(3):
+        table, terms = price_table(12, 12, seed=seed), Terms(seed=seed, objectives=OBJECTIVES)
+        auto, knapsack = (volume(table, searched(name, table, 48, seed, terms)) for name in ("auto", "knapsack"))
+        gained.append(auto - knapsack)
+    assert min(gained) > 0, gained
+    assert np.mean(gained) > 0.01, gained
+
+
+def test_nothing_beyond_the_limit_is_tried_and_the_targets_come_first() -> None:
+    table = price_table(6, 8)
+    terms = Terms(seed=0, objectives=OBJECTIVES, targets=(0.5, 0.4), max_macs_ratio=0.6)
+    ratios = [table.macs_ratio(trial.proposal.choices) for trial in searched("auto", table, 24, 0, terms)]
+    assert max(ratios) <= 0.6
+    assert 0.45 < ratios[0] <= 0.5
+    assert 0.35 < ratios[1] <= 0.4
+
+
+@settings(deadline=None)
+@given(
+    points=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), min_size=1, max_size=6),
+    front=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), max_size=6),
+)
+def test_the_gain_of_a_point_is_the_hypervolume_that_it_adds(
+    points: list[tuple[float, float]], front: list[tuple[float, float]]
+) -> None:
+    members = [front[i] for i in non_dominated(front)]
+    found = gains(np.array(points), np.array(members).reshape(-1, 2), np.array([1.0, 1.0]))
+    before = hypervolume(members, (1.0, 1.0))
+    expected = [hypervolume([*members, point], (1.0, 1.0)) - before for point in points]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
