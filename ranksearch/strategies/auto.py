@@ -19,11 +19,11 @@ The first proposals are those of ``knapsack``: the targets, then spread over the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isfinite, log
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ LEAST_WEIGHT: Final = 0.05
 """Smallest weight, as a multiple of s: no error is for nothing."""
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,25 +152,23 @@ class _Model:
         self.prices = _prices(table, rule.price, rule.cost)
         self.quality = _Quality(accuracy="accuracy" in rule.objectives)
         self.limit = table.dense_macs * rule.max_macs_ratio
-        self.table = table
-        self.layers = len(table.layers)
-        self.dense = float(table.macs(table.dense) if rule.cost == "macs" else table.params(table.dense))
+        self.layers, self.dense = len(table.layers), table.dense
+        self.whole = float(table.macs(table.dense) if rule.cost == "macs" else table.params(table.dense))
         self.other = float(table.other_macs if rule.cost == "macs" else table.other_params)
+        self.costs = [np.array(layer) for layer in self.prices.costs]
+        self.macs = [np.array([c.macs for c in layer.candidates]) for layer in table.layers]
+        self.other_macs = table.other_macs
         maps = [trial for trial in trials if not trial.proposal.funnel]
         newest = sorted(maps, key=lambda trial: trial.index)[-HISTORY:]
         seen = [(t.proposal.choices, self.quality.of(t), t.feasible) for t in newest]
         scored = [(choices, loss) for choices, loss, _ in seen if loss is not None]
-        self.maps = [choices for choices, _ in scored]
+        self.maps = np.array([choices for choices, _ in scored], dtype=np.int64).reshape(-1, self.layers)
         self.losses = np.array([loss for _, loss in scored])
         self.feasible = np.array([feasible for _, loss, feasible in seen if loss is not None], dtype=bool)
         self.running = [t.proposal.choices for t in maps if t.state == "RUNNING"]
         self._learn()
 
-    def allowed(self, choices: Choices) -> bool:
-        """Whether a rank map keeps the budget's limit on MACs."""
-        return self.table.macs(choices) <= self.limit
-
-    def features(self, choices: Sequence[int]) -> Floats:
+    def features(self, choices: Iterable[int]) -> Floats:
         """``(2 + L + F,)``: what b, s, every a_l and every c_f are multiplied with."""
         found = np.zeros(2 + self.layers + len(self.prices.formats))
         found[0] = 1.0
@@ -222,33 +221,40 @@ class _Model:
     def best(self, weights: Floats, known: set[Choices]) -> Choices | None:
         """Of the front under these weights, the new rank map that adds most hypervolume; None where all are known."""
         added = self.weighted(weights)
-        found = [c for c in predicted_front(self.prices.costs, added) if c not in known and self.allowed(c)]
-        if not found:
+        front = [choices for choices in predicted_front(self.prices.costs, added) if choices not in known]
+        new = np.array(front, dtype=np.int64).reshape(-1, self.layers)
+        new = new[self._totals(new, self.macs) + self.other_macs <= self.limit]
+        if not len(new):
             return None
-        points = np.array([self._point(choices, added, weights[0]) for choices in found])
-        measured = [(self._cost(self.maps[i]), self.losses[i]) for i in np.flatnonzero(self.feasible)]
-        measured += [self._point(choices, added, weights[0]) for choices in self.running]
-        front = np.array([measured[i] for i in non_dominated(measured)]).reshape(-1, 2)
+        losses = [np.array(layer) for layer in added]
+        running = np.array(self.running, dtype=np.int64).reshape(-1, self.layers)
+        measured = np.column_stack([self._cost(self.maps), self.losses])[self.feasible]
+        expected = np.column_stack([self._cost(running), weights[0] + self._totals(running, losses)])
+        seen = [(float(x), float(y)) for x, y in (*measured, *expected)]
+        points = np.column_stack([self._cost(new), self.quality.shown(weights[0] + self._totals(new, losses))])
+        known_front = np.array([seen[i] for i in non_dominated(seen)]).reshape(-1, 2)
+        known_front[:, 1] = self.quality.shown(known_front[:, 1])
         reference = np.array([1.0, self.quality.worst(self.losses)])
-        points[:, 1], front[:, 1] = self.quality.shown(points[:, 1]), self.quality.shown(front[:, 1])
-        return found[int(np.argmax(gains(points, front, reference)))]
+        return tuple(new[int(np.argmax(gains(points, known_front, reference)))].tolist())
 
     def incumbent(self, rng: np.random.Generator) -> Choices:
         """One of the measured front's rank maps, or dense."""
         if not self.feasible.any():
-            return tuple(len(costs) - 1 for costs in self.prices.costs)
+            return self.dense
         at = np.flatnonzero(self.feasible)
-        points = [(self._cost(self.maps[i]), float(self.losses[i])) for i in at]
-        members = non_dominated(points)
-        return self.maps[int(at[members[rng.integers(len(members))]])]
+        members = non_dominated([*zip(self._cost(self.maps[at]).tolist(), self.losses[at].tolist(), strict=True)])
+        return tuple(self.maps[at[members[rng.integers(len(members))]]].tolist())
 
-    def _cost(self, choices: Sequence[int]) -> float:
-        spent = sum(costs[choice] for costs, choice in zip(self.prices.costs, choices, strict=True))
-        return (self.other + spent) / self.dense
+    def _cost(self, maps: Ints) -> Floats:
+        """The cost of rank maps, one a row, as shares of the dense network's."""
+        return (self.other + self._totals(maps, self.costs)) / self.whole
 
-    def _point(self, choices: Sequence[int], added: list[list[float]], base: float) -> tuple[float, float]:
-        loss = base + sum(losses[choice] for losses, choice in zip(added, choices, strict=True))
-        return self._cost(choices), loss
+    def _totals(self, maps: Ints, values: Sequence[NDArray[Any]]) -> Floats:
+        """The sum over the layers of the candidates' values, for every row of a matrix of rank maps."""
+        found = np.zeros(len(maps))
+        for each, column in zip(values, maps.T, strict=True):
+            found += each[column]
+        return found
 
 
 def gains(points: Floats, front: Floats, reference: Floats) -> Floats:
