@@ -53,7 +53,7 @@ class Fit:
 def prepared_factors(
     form: str, conv: Conv, weight: Tensor, statistics: Statistics | None, cache: Path | None
 ) -> dict[str, Tensor]:
-    """Prepared tensors of one layer, from the cache (if there is one) or computed and stored.
+    """Prepared tensors of one layer, on its device, from the cache (if there is one) or computed and stored.
 
     Raises:
         UnsupportedLayer, DecompositionError: as :func:`ranksearch.decompositions.prepare` does.
@@ -67,8 +67,9 @@ def prepared_factors(
     if cache is None:
         return compute()
     tensors = [weight, *(vars(statistics).values() if statistics is not None else ())]
-    key = content_hash(tensors, f"{_CACHE_VERSION} {form} {conv}")
-    return _entry(cache / "factors" / f"{key}.safetensors", compute)
+    key = content_hash(tensors, f"{_CACHE_VERSION} {form} {conv} {weight.device.type}")
+    found = _entry(cache / "factors" / f"{key}.safetensors", compute)
+    return {name: tensor.to(weight.device) for name, tensor in found.items()}
 
 
 def factors_at(

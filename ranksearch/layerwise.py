@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ranksearch.config import load_space
@@ -142,8 +143,9 @@ def decompose_layer(
     seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     chosen = None
-    for i, name in enumerate(dict.fromkeys([*([form] if form else []), *wanted])):
-        notify(f"decomposing {layer}", i, len(wanted) + bool(form))
+    names = list(dict.fromkeys([*([form] if form else []), *wanted]))
+    for i, name in enumerate(names):
+        notify(f"decomposing {layer}", i, len(names))
         try:
             _check(subject, layer, name, asked=name == form, ranks=ranks)
         except UnsupportedLayer as reason:
@@ -183,9 +185,12 @@ class _Subject:
 
     @property
     def root(self) -> Tensor | None:
-        """Square root of the second moment of the inputs; none is known for 1x1 kernels, nor used for groups."""
-        moment = None if self.statistics is None or self.conv.groups > 1 else self.statistics.input_moment
-        return None if moment is None or moment.numel() == 0 else square_roots(moment)[0]
+        """Square root of the second moment of the inputs, one for every group in front; for 1x1 kernels not known."""
+        moment = None if self.statistics is None else self.statistics.input_moment
+        if moment is None or moment.numel() == 0:
+            return None
+        rows = moment.chunk(self.conv.groups)
+        return torch.stack([square_roots(row.chunk(len(rows), 1)[i])[0] for i, row in enumerate(rows)])
 
 
 def _read(

@@ -77,7 +77,7 @@ def _solve(features: Tensor, targets: Tensor, kernel: Tensor, ridge: float) -> t
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info) != 0:
         return None
-    solution = torch.cholesky_solve(cross + pull * current.double(), factor).to(kernel.dtype)
+    solution = torch.cholesky_solve(cross + pull * current.double(), factor).to(features.dtype)
     if not bool(torch.isfinite(solution).all()):
         return None
     return solution.T.reshape(kernel.shape), mean_out - mean_in @ solution

@@ -57,6 +57,21 @@ class SharedNet(nn.Module):
         return out
 
 
+class GroupedNet(nn.Module):
+    """Of images of one channel: a stem, a convolution in two groups, and a classifier of ten classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 10, 3, padding=1, groups=2)
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.grouped(F.relu(self.stem(x))))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 def small_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> SmallNet:
     torch.manual_seed(seed)
     net = SmallNet().to(dtype).eval()

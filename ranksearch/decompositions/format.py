@@ -229,27 +229,29 @@ def kernels(
 
     Raises:
         RankError: ranks out of bounds.
-        DecompositionError: a fit failed.
+        DecompositionError: a fit or the gauge failed.
     """
     check_ranks(form, conv, ranks)
     plain = all(stage.groups == 1 for stage in form.stages(conv.group, ranks))
-    if form.nested:
-        sliced = [form.factors(part, ranks) for part in _of(prepared, conv)]
-        return _side_by_side([orthonormal_gauge(weights) if plain else weights for weights in sliced])
     try:
-        fitted = _side_by_side([form.factors(part, ranks, stabiliser) for part in _of(prepared, conv)])
+        found = [form.factors(part, ranks, stabiliser) for part in _of(prepared, conv)]
+        if form.nested and plain:
+            found = [orthonormal_gauge(weights) for weights in found]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined, unused-ignore]  # public, not re-exported
         raise DecompositionError(
             f"{form.name} at ranks {ranks} did not converge: {error}. Leave this layer dense, or change its ranks."
         ) from error
-    if not all(bool(torch.isfinite(weight).all()) for weight in fitted):
+    side_by_side = _side_by_side(found)
+    if not all(bool(torch.isfinite(weight).all()) for weight in side_by_side):
         raise DecompositionError(
             f"{form.name} at ranks {ranks} gave factors that are not finite. "
             "Leave this layer dense, or change its ranks."
         )
+    if form.nested:
+        return side_by_side
     # Strides as a cache gives them back, along axes of size 1 too: the last bits of a convolution depend on them.
     dtype = prepared["weight"].dtype
-    return [weight.to(dtype).clone(memory_format=torch.contiguous_format) for weight in fitted]
+    return [weight.to(dtype).clone(memory_format=torch.contiguous_format) for weight in side_by_side]
 
 
 def regauged(form: OwnGauge, conv: Conv, kernels: Sequence[Tensor]) -> list[Tensor]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ranksearch.decompositions.als import Factors, cp_als
@@ -21,6 +22,10 @@ FLOOR = 1e-6
 _SWEEPS = 8
 _WORK = 1.5e11
 """Multiply-accumulates that a ladder may take, about ten seconds of one core."""
+_CORES = (0.25, 0.5, 1.0)
+"""Shares of the channels at which the errors of a Tucker-2 core are measured."""
+_LARGEST = 2**20
+"""Values of the largest core that is measured; above, errors are those of the largest measured, at the same share."""
 
 
 def cp_ladder(tensor: Tensor, top: int) -> tuple[list[float], list[float]]:
@@ -68,6 +73,31 @@ def interpolated(places: Sequence[float], errors: Sequence[float], place: float)
 def resampled(ranks: Sequence[float], errors: Sequence[float], points: int) -> list[float]:
     """The ladder's errors at ``points`` ranks from 1 to its top, evenly spaced in the logarithm."""
     return [interpolated(ranks, errors, ranks[-1] ** (i / (points - 1))) for i in range(points - 1)] + [errors[-1]]
+
+
+def core_errors(core: Tensor, measured: Callable[[Tensor], list[float]]) -> Tensor:
+    """What is ``measured`` of the leading parts of a Tucker-2 core ``(T, S, *spatial)``, for :func:`core_error`."""
+    rows: list[list[float]] = []
+    for share in _CORES:
+        r_out, r_in = (max(1, math.ceil(share * n)) for n in core.shape[:2])
+        part = core[:r_out, :r_in]
+        if not rows or part.numel() <= _LARGEST:
+            rows.append(measured(part))
+    rows += [rows[-1]] * (len(_CORES) - len(rows))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def core_error(errors: Tensor, share: float, rank: int, top: int) -> float:
+    """The error of a core at ``rank``, between those measured.
+
+    Args:
+        errors: as :func:`core_errors` gives them.
+        share: product of the core's channels over that of the whole one's.
+        rank: from 1 to ``top``.
+        top: the rank at which the core is exact, above 1.
+    """
+    size = 1 + math.log(share) / (2 * math.log(1 / _CORES[0]))
+    return on_grid(errors.tolist(), size, math.log(rank) / math.log(top))
 
 
 def on_grid(table: Sequence[Sequence[float]], row: float, column: float) -> float:

@@ -8,8 +8,6 @@ on the layers of ResNet-20. So it is not nested; there is nothing to stabilise.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,15 +24,11 @@ from ranksearch.decompositions.format import (
     square_roots,
 )
 from ranksearch.decompositions.grid import distinct, rounded_up, shares
-from ranksearch.decompositions.ladder import on_grid, resampled
+from ranksearch.decompositions.ladder import core_error, core_errors, resampled
 from ranksearch.decompositions.tucker2 import Tucker2
 from ranksearch.errors import UnsupportedLayer
 from ranksearch.space import RanksSpec, StabiliseSpec
 
-_CORES = (0.25, 0.5, 1.0)
-"""Shares of the outer ranks at which the errors of the split are measured."""
-_LARGEST = 2**20
-"""Values of the largest core that is measured; above, errors are those of the largest measured, at the same share."""
 _POINTS = 17
 _MULTIPLES = (0.5, 0.75, 1.0, 1.5, 2.0)
 """Inner ranks on offer, as multiples of the larger outer rank."""
@@ -75,14 +69,7 @@ class TensorTrain:
         known = {"weight": weight, **_BASES.prepare(weight, statistics)}
         if statistics is not None:
             known["root"], _ = square_roots(statistics.input_moment)
-        rows: list[list[float]] = []
-        for share in _CORES:
-            r3, r1 = (max(1, math.ceil(share * n)) for n in weight.shape[:2])
-            core = known["core"][:r3, :r1]
-            if not rows or core.numel() <= _LARGEST:
-                rows.append(_split_errors(core))
-        rows += [rows[-1]] * (len(_CORES) - len(rows))
-        return {**known, "errors": torch.tensor(rows, dtype=torch.float64)}
+        return {**known, "errors": core_errors(known["core"], _split_errors)}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
         """What Tucker-2 loses, and of what it keeps the share that the split loses of a core of that size."""
@@ -92,8 +79,7 @@ class TensorTrain:
         top = _middle(r1, r3, height, width)
         if r2 >= top:
             return outside
-        size = 1 + math.log(r1 * r3 / (s * t)) / (2 * math.log(1 / _CORES[0]))
-        return outside + (1 - outside) * on_grid(prepared["errors"].tolist(), size, math.log(r2) / math.log(top))
+        return outside + (1 - outside) * core_error(prepared["errors"], r1 * r3 / (s * t), r2, top)
 
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """Slices of the bases, orthonormal, and the core between them as two factors that share its singular values."""

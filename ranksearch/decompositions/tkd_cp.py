@@ -25,15 +25,11 @@ from ranksearch.decompositions.format import (
     square_roots,
 )
 from ranksearch.decompositions.grid import distinct, rounded_up, shares
-from ranksearch.decompositions.ladder import cp_ladder, on_grid, resampled
+from ranksearch.decompositions.ladder import core_error, core_errors, cp_ladder, resampled
 from ranksearch.decompositions.stabilise import rebalance
 from ranksearch.decompositions.tucker2 import Tucker2
 from ranksearch.space import RanksSpec, StabiliseSpec
 
-_CORES = (0.25, 0.5, 1.0)
-"""Shares of the channel ranks at which the core's CP errors are measured."""
-_LARGEST = 2**20
-"""Values of the largest core that is measured; above, errors are those of the largest measured, at the same share."""
 _POINTS = 13
 _MULTIPLES = (0.5, 1.0, 1.5, 2.0, 3.0)
 """CP ranks on offer, as multiples of the larger channel rank."""
@@ -76,14 +72,7 @@ class TkdCp:
         known = {"weight": weight, **_BASES.prepare(weight, statistics)}
         if statistics is not None:
             known["root"], _ = square_roots(statistics.input_moment)
-        rows: list[list[float]] = []
-        for share in _CORES:
-            r_out, r_in = (max(1, math.ceil(share * n)) for n in weight.shape[:2])
-            core = _tensor(known["core"][:r_out, :r_in])
-            if not rows or core.numel() <= _LARGEST:
-                rows.append(resampled(*cp_ladder(core.float(), exact_rank(core.shape)), _POINTS))
-        rows += [rows[-1]] * (len(_CORES) - len(rows))
-        return {**known, "errors": torch.tensor(rows, dtype=torch.float64)}
+        return {**known, "errors": core_errors(known["core"], _ladder)}
 
     def error(self, prepared: Prepared, ranks: Ranks) -> float:
         """What Tucker-2 loses, and of what it keeps the share that CP loses of a core of that size.
@@ -100,9 +89,7 @@ class TkdCp:
         top = exact_rank((math.prod(kernel), r_in, r_out))
         if rank >= top:
             return outside
-        size = 1 + math.log(r_in * r_out / (s * t)) / (2 * math.log(1 / _CORES[0]))
-        inside = on_grid(prepared["errors"].tolist(), size, math.log(rank) / math.log(top))
-        return outside + (1 - outside) * inside
+        return outside + (1 - outside) * core_error(prepared["errors"], r_in * r_out / (s * t), rank, top)
 
     def factors(self, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec = STABILISED) -> list[Tensor]:
         """Slices of the bases, and a stabilised fit of the core between them."""
@@ -135,3 +122,9 @@ def _modes(conv: Conv) -> tuple[int, int, int]:
 def _tensor(core: Tensor) -> Tensor:
     """``(T, S, *spatial)`` as ``(D, S, T)``."""
     return core.flatten(2).permute(2, 1, 0)
+
+
+def _ladder(core: Tensor) -> list[float]:
+    """CP errors of a core, at ranks evenly spaced in the logarithm."""
+    tensor = _tensor(core)
+    return resampled(*cp_ladder(tensor.float(), exact_rank(tensor.shape)), _POINTS)

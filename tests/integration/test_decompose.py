@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ranksearch.cli import main
+from ranksearch.data import load_data, to_input
 from ranksearch.decompositions import FORMATS
 from ranksearch.models import build_model
-from ranksearch.space import ModelSpec
+from ranksearch.space import DataSpec, ModelSpec
 from tests import oracles
+from tests.networks import GroupedNet
 
 
 @pytest.fixture
@@ -89,6 +91,32 @@ def test_a_space_gives_the_statistics(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "activation-aware" in out
     with Image.open(tmp_path / "errors.png") as picture:
         assert picture.size == (1600, 1000)
+
+
+def test_of_groups_the_error_is_in_the_metric_of_their_inputs_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    net = GroupedNet().requires_grad_(False)
+    save_file(net.state_dict(), tmp_path / "dense.safetensors")
+    (tmp_path / "space.yaml").write_text(
+        "model: {name: 'tests.networks:GroupedNet', weights: dense.safetensors}\ndata: {calibration_images: 64}\n"
+    )
+    found = decompose(
+        capsys, "--model", tmp_path / "space.yaml", "--layer", "grouped", "--format", "spatial-svd", "--rank", "3"
+    )
+    assert found["kind"] == "activation-aware"
+    data = load_data(DataSpec(calibration_images=64), cache=tmp_path, seed=0)
+    hidden = torch.relu(net.stem(to_input(data.calibration, data))).double().numpy()
+    kernel = net.grouped.weight.double().numpy()
+    lost = whole = 0.0
+    for own, x in zip(np.split(kernel, 2), np.split(hidden, 2, axis=1), strict=True):
+        rows = x.transpose(0, 2, 3, 1).reshape(-1, 4)
+        values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+        whitened = np.einsum("tskl,sr->trkl", own, vectors * np.sqrt(values))
+        energies = np.linalg.svd(whitened.transpose(1, 2, 0, 3).reshape(12, 15), compute_uv=False) ** 2
+        lost, whole = lost + energies[3:].sum(), whole + energies.sum()
+    assert found["chosen"]["relative_error"] == pytest.approx(lost / whole, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -164,20 +165,32 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.lock"))
 
 
-def test_a_fit_that_fails_is_an_error_that_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = prepared("tensor-train")
+@pytest.mark.parametrize(("form", "ranks"), [("tensor-train", (5, 8, 6)), ("spatial-svd", (7,))])
+def test_factors_that_fail_are_an_error_that_leaves_no_entry(
+    form: str, ranks: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = prepared(form)
 
     def fails(*args: object, **options: object) -> None:
         raise torch.linalg.LinAlgError("linalg.svd: failed to converge")  # type: ignore[attr-defined]
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.linalg, "svd", fails)
-        with pytest.raises(DecompositionError, match=r"tensor-train at ranks \(5, 8, 6\) did not converge: .*svd"):
-            factors_at("tensor-train", CONV, known, (5, 8, 6), EPC, tmp_path)
+        with pytest.raises(DecompositionError, match=rf"{form} at ranks {re.escape(str(ranks))} did not .*svd"):
+            factors_at(form, CONV, known, ranks, EPC, tmp_path)
     assert not fits(tmp_path)
-    assert factors_at("tensor-train", CONV, known, (5, 8, 6), EPC, tmp_path).kernels
-    with pytest.raises(RankError, match="tensor-train"):
-        factors_at("tensor-train", CONV, known, (5, 80, 6), EPC, tmp_path)
+    assert factors_at(form, CONV, known, ranks, EPC, tmp_path).kernels
+    with pytest.raises(RankError, match=form):
+        factors_at(form, CONV, known, tuple(99 for _ in ranks), EPC, tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_prepared_stays_on_the_device_of_the_kernel(tmp_path: Path) -> None:
+    prepared("tucker2", tmp_path)
+    for _ in range(2):  # computed, then from the cache
+        found = prepared_factors("tucker2", CONV, weight().cuda(), None, tmp_path)
+        assert {tensor.device.type for tensor in found.values()} == {"cuda"}
+    assert len(list((tmp_path / "factors").glob("*.safetensors"))) == 2, "what another device computed is not read"
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])

@@ -89,6 +89,19 @@ def test_a_network_is_refitted_layer_by_layer_from_its_own_activations() -> None
         assert errors[1] < errors[0]
 
 
+def test_a_network_in_double_precision_is_refitted_as_one_in_single() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        net, images = small_net(dtype).requires_grad_(False), small_images(64, dtype=dtype)
+        convs = {layer.name: layer.conv for layer in find_layers(net, SmallNet.shape) if layer.name in RANKS}
+        samples = sample_outputs(net, convs, [images], pixels=10_000, seed=0)
+        refitted = rank_map(net, RANKS, SmallNet.shape).apply(net).requires_grad_(False)
+        sequential_regression(refitted, RANKS, samples, images)
+        assert {parameter.dtype for parameter in refitted.parameters()} == {dtype}
+        found.append(refitted(images).double())
+    torch.testing.assert_close(*found, rtol=2e-2, atol=5e-3)
+
+
 def test_activations_that_cannot_be_regressed_on_leave_the_factors() -> None:
     net, images = small_net().requires_grad_(False), small_images(8)
     convs = {layer.name: layer.conv for layer in find_layers(net, SmallNet.shape) if layer.name in RANKS}
