@@ -42,6 +42,8 @@ HISTORY: Final = 500
 """Trials that are learned from at most, the newest."""
 ATTEMPTS: Final = 8
 """Draws of weights until one's front has a rank map that was not tried."""
+STEPS: Final = 1000
+"""Rank maps near the measured front that are looked at, where no draw has a new one."""
 LAYER_SPREAD: Final = 1.0
 FORMAT_SPREAD: Final = 0.5
 """Standard deviations of a_l and c_f before any trial, as multiples of s."""
@@ -61,7 +63,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """Rank maps of knapsack fronts under learned prices; DONE when every rank map was tried."""
+    """Rank maps of knapsack fronts under learned prices; DONE when none within the limit on MACs is left to find."""
 
     seed: int
     objectives: tuple[str, ...]
@@ -75,6 +77,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         check_cost(self.cost)
+        if type(self.first) is not int or self.first < 0:
+            raise ValueError(f"first must be a whole number from 0 on, found {self.first!r}")
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
@@ -96,7 +100,13 @@ class Auto:
             if choices is not None:
                 return Proposal(choices=choices, origin=NAME)
         rng = np.random.default_rng([self.seed, index, ATTEMPTS])
-        return Proposal(choices=step_to_new(table, model.incumbent(rng), known, rng), origin=NAME)
+        start = model.incumbent(rng)
+        for _ in range(min(STEPS, table.size - len(known))):
+            choices = step_to_new(table, start, known, rng)
+            if model.allowed(choices):
+                return Proposal(choices=choices, origin=NAME)
+            known.add(choices)
+        return DONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +114,7 @@ class _Prices:
     """The table as arrays: one column a candidate, layer after layer."""
 
     losses: list[list[float]]
+    """Finite: a candidate that was measured to break the network counts twice the largest loss that is a number."""
     costs: list[list[int]]
     formats: tuple[str, ...]
     form: list[list[int]]
@@ -113,8 +124,10 @@ class _Prices:
 @lru_cache(maxsize=4)
 def _prices(table: PriceTable, price: str, cost: Cost) -> _Prices:
     formats = tuple(sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense}))
+    losses = layer_losses(table, price)
+    broken = 2 * max((loss for layer in losses for loss in layer if isfinite(loss)), default=0.0) or 1.0
     return _Prices(
-        losses=layer_losses(table, price),
+        losses=[[loss if isfinite(loss) else broken for loss in layer] for layer in losses],
         costs=layer_costs(table, cost),
         formats=formats,
         form=[[-1 if c.dense else formats.index(c.format) for c in layer.candidates] for layer in table.layers],
@@ -157,13 +170,22 @@ class _Model:
         self.other = float(table.other_macs if rule.cost == "macs" else table.other_params)
         maps = [trial for trial in trials if not trial.proposal.funnel]
         newest = sorted(maps, key=lambda trial: trial.index)[-HISTORY:]
-        seen = [(t.proposal.choices, self.quality.of(t), t.feasible) for t in newest]
-        scored = [(choices, loss) for choices, loss, _ in seen if loss is not None]
+        seen = [(trial.proposal.choices, self.quality.of(trial)) for trial in newest]
+        scored = [(choices, loss) for choices, loss in seen if loss is not None]
         self.maps = [choices for choices, _ in scored]
         self.losses = np.array([loss for _, loss in scored])
-        self.feasible = np.array([feasible for _, loss, feasible in seen if loss is not None], dtype=bool)
+        self.front = self._measured(maps)
         self.running = [t.proposal.choices for t in maps if t.state == "RUNNING"]
         self._learn()
+
+    def _measured(self, maps: Sequence[Trial]) -> list[tuple[tuple[float, float], Choices]]:
+        """The front of all feasible trials, however old: cost and loss with the rank map, by rising cost."""
+        found = [
+            ((self._cost(trial.proposal.choices), loss), trial.proposal.choices)
+            for trial in maps
+            if trial.feasible and (loss := self.quality.of(trial)) is not None
+        ]
+        return [found[i] for i in non_dominated([point for point, _ in found])]
 
     def allowed(self, choices: Choices) -> bool:
         """Whether a rank map keeps the budget's limit on MACs."""
@@ -226,7 +248,7 @@ class _Model:
         if not found:
             return None
         points = np.array([self._point(choices, added, weights[0]) for choices in found])
-        measured = [(self._cost(self.maps[i]), self.losses[i]) for i in np.flatnonzero(self.feasible)]
+        measured = [point for point, _ in self.front]
         measured += [self._point(choices, added, weights[0]) for choices in self.running]
         front = np.array([measured[i] for i in non_dominated(measured)]).reshape(-1, 2)
         reference = np.array([1.0, self.quality.worst(self.losses)])
@@ -234,13 +256,11 @@ class _Model:
         return found[int(np.argmax(gains(points, front, reference)))]
 
     def incumbent(self, rng: np.random.Generator) -> Choices:
-        """One of the measured front's rank maps, or dense."""
-        if not self.feasible.any():
-            return tuple(len(costs) - 1 for costs in self.prices.costs)
-        at = np.flatnonzero(self.feasible)
-        points = [(self._cost(self.maps[i]), float(self.losses[i])) for i in at]
-        members = non_dominated(points)
-        return self.maps[int(at[members[rng.integers(len(members))]])]
+        """One of the measured front's rank maps; without any, dense, or the cheapest where dense is not allowed."""
+        if not self.front:
+            dense = self.table.dense
+            return dense if self.allowed(dense) else (0,) * self.layers
+        return self.front[rng.integers(len(self.front))][1]
 
     def _cost(self, choices: Sequence[int]) -> float:
         spent = sum(costs[choice] for costs, choice in zip(self.prices.costs, choices, strict=True))
