@@ -240,7 +240,7 @@ def settle(
 
     Raises:
         BudgetError, SpaceError: no candidate meets the budget, or no layer has one.
-        RankMapError: a map of the user's cannot be read, or has impossible ranks.
+        RankMapError: a map of the user's cannot be read, or has impossible ranks, or such as cost no less than dense.
     """
     space, selection = network.space, network.selection
     maps = [RankMap.load(path) for path in space.strategy.seed_maps]

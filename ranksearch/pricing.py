@@ -247,7 +247,7 @@ def price(
     ``maps`` are the user's own, whose ranks are candidates whatever the space's are.
 
     Raises:
-        RankMapError: a map has ranks that its layer cannot have.
+        RankMapError: a map has ranks that its layer cannot have, or that cost no less than dense.
         SpaceError: no layer has a candidate that costs less than dense.
         BudgetError: even the cheapest rank map breaks the space's MAC limit.
     """
@@ -306,6 +306,12 @@ def _own_ranks(layer: Layer, name: str, maps: Sequence[RankMap]) -> set[tuple[st
                 f"$.strategy.seed_maps: a map must fit the network, found {form} {ranks} for {name} ({error}). "
                 "Remove the map, or make it for this network."
             ) from error
+        macs = sum(stage.macs for stage in compressed_stages(FORMATS[form], layer.conv, ranks))
+        if macs >= layer.conv.macs:  # no candidate: the map would be tried with other ranks than its own
+            raise RankMapError(
+                f"$.strategy.seed_maps: the layers of a map must cost less than dense, found {form} {ranks} for {name} "
+                f"at {macs} MACs of {layer.conv.macs}. Leave the layer out of the map: it is dense then."
+            )
     return found
 
 

@@ -159,11 +159,12 @@ def _going_on(context: typer.Context, quiet: bool) -> Iterator[Reporter]:
 
 
 def _command(context: typer.Context) -> str:
-    """The command that was given."""
+    """The command that was given; what the environment says, as a database's password, it says again."""
     words = ["ranksearch", "compare"]
     for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if value is None or value is False or value == parameter.default:
+        name = parameter.name or ""
+        value, source = context.params.get(name), context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or value is False:
             continue
         option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
         for one in value if isinstance(value, list | tuple) else [value]:

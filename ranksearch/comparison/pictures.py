@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import html
 import io
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ranksearch.comparison.result import Cell, Comparison, Run
@@ -39,9 +41,10 @@ def hypervolume_band(runs: Sequence[Run], axis: str) -> Band:
 
     Before a seed's first trial its value is 0.
     """
-    curves = [[(_along(point.trials, point.seconds, axis), point.hypervolume) for point in run.curve] for run in runs]
-    grid = sorted({x for curve in curves for x, _ in curve})
-    rows = [[max((h for at, h in curve if at <= x), default=0.0) for curve in curves] for x in grid]
+    places = [[_along(point.trials, point.seconds, axis) for point in run.curve] for run in runs]
+    values = [[0.0, *accumulate((point.hypervolume for point in run.curve), max)] for run in runs]
+    grid = sorted({x for xs in places for x in xs})
+    rows = [[most[bisect_right(xs, x)] for xs, most in zip(places, values, strict=True)] for x in grid]
     return Band(
         x=tuple(grid),
         mean=tuple(sum(row) / len(row) for row in rows),

@@ -7,9 +7,11 @@ images, 0 to 1, unless they are called search accuracies.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan, nan
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
 
 from ranksearch.errors import BudgetError
@@ -230,24 +232,36 @@ def _curve(study: Study, ended: Sequence[Trial]) -> tuple[Point, ...]:
     """The hypervolume after every trial, in the order in which they ended."""
     ordered = sorted(ended, key=lambda one: (one.end_ms, one.number))
     # Of a trial that a killed driver left, the end was written only when the search was continued.
-    spans = sorted((trial.start_ms, trial.end_ms) for trial in ordered if trial.reason != INTERRUPTED)
+    busy = _Busy((trial.start_ms, trial.end_ms) for trial in ordered if trial.reason != INTERRUPTED)
     points: list[Point] = []
     front: list[Trial] = []
     for trial in ordered:
         front = study.front_trials([*front, trial])
-        seconds = _busy_ms(spans, trial.end_ms) / 1000
+        seconds = busy.until(trial.end_ms) / 1000
         points.append(Point(trials=len(points) + 1, seconds=seconds, hypervolume=study.hypervolume(front)))
     return tuple(points)
 
 
-def _busy_ms(spans: Iterable[tuple[int, int]], until: int) -> int:
-    """How much of the time until then is in one of the spans, which come by their starts."""
-    total, end = 0, 0
-    for start, stop in spans:
-        start, stop = max(start, end), min(stop, until)
-        if start < stop:
-            total, end = total + stop - start, stop
-    return total
+class _Busy:
+    """The time in which at least one of some spans runs, in milliseconds."""
+
+    def __init__(self, spans: Iterable[tuple[int, int]]) -> None:
+        self.parts: list[tuple[int, int, int]] = []
+        """Disjoint, by their starts: start, end, and the time in all parts before."""
+        for start, stop in sorted(spans):
+            first, end, before = self.parts[-1] if self.parts else (0, 0, 0)
+            if self.parts and start <= end:
+                self.parts[-1] = (first, max(end, stop), before)
+            else:
+                self.parts.append((start, stop, before + end - first))
+
+    def until(self, moment: int) -> int:
+        """How much of it lies before a moment."""
+        place = bisect_right(self.parts, moment, key=itemgetter(0))
+        if not place:
+            return 0
+        start, end, before = self.parts[place - 1]
+        return before + min(end, moment) - start
 
 
 def _mean(values: Iterable[float | None]) -> float:

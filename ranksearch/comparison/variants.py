@@ -12,7 +12,7 @@ from ranksearch.errors import Problem, SpaceError, StudyError
 from ranksearch.launch import read_space
 from ranksearch.rankmap import RankMap
 from ranksearch.space import PinnedSpec, Space, StrategySpec
-from ranksearch.strategies import READ_PRICES, STRATEGIES
+from ranksearch.strategies import DEFAULT_SAMPLERS, READ_PRICES, STRATEGIES
 from ranksearch.study import Study
 
 _WITH_SAMPLER = "optuna"
@@ -104,11 +104,11 @@ def given_maps(spec: StrategySpec, files: Sequence[Path]) -> StrategySpec:
 
 def _spec(spec: StrategySpec, name: str, sampler: str | None) -> StrategySpec:
     """The space's section for another strategy, or another sampler."""
-    same_sampler = sampler in (None, spec.sampler)
+    same_sampler = sampler in (None, spec.sampler or DEFAULT_SAMPLERS.get(name))
     if name != spec.name:
-        update: dict[str, Any] = {"name": name, "sampler": sampler or spec.sampler}
+        update: dict[str, Any] = {"name": name, "sampler": None}
         if name == _WITH_SAMPLER:
-            update["seeds"] = StrategySpec().seeds
+            update |= {"sampler": sampler, "seeds": StrategySpec().seeds}
         return _bare(spec).model_copy(update=update)
     return spec if same_sampler else spec.model_copy(update={"sampler": sampler, "options": {}})
 

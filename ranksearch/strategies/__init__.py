@@ -124,7 +124,8 @@ def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) ->
 
 
 def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
-    return _built(Alds, spec, terms, seed=terms.seed, targets=terms.targets)
+    given = {name: getattr(terms, name) for name in ("seed", "targets", "max_macs_ratio")}
+    return _built(Alds, spec, terms, **given)
 
 
 def _auto(spec: StrategySpec, terms: Terms) -> Strategy:

@@ -75,6 +75,8 @@ class Alds:
     seed: int
     targets: tuple[float, ...] = ()
     """Shares of the dense network's MACs, each for the largest budget whose rank map is within it."""
+    max_macs_ratio: float = inf
+    """No rank map with more MACs than this share is tried."""
     cost: Cost = "macs"
     """What the budget is of: ``macs`` or ``params``."""
     exact: bool = True
@@ -85,10 +87,10 @@ class Alds:
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
-        known = tried(trials)
+        known, most = tried(trials), self.max_macs_ratio * table.dense_macs
         aimed = (_aimed(self, table, target) for target in self.targets)
         for choices in chain(aimed, (self.rung(table, k) for k in range(1, RUNGS + 1))):
-            if choices not in known:
+            if choices not in known and table.macs(choices) <= most:
                 return Proposal(choices=choices, origin=NAME)
         return DONE
 

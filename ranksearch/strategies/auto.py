@@ -19,7 +19,7 @@ The first proposals are those of ``knapsack``: the targets, then spread over the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isfinite, log
@@ -42,6 +42,8 @@ HISTORY: Final = 500
 """Trials that are learned from at most, the newest."""
 ATTEMPTS: Final = 8
 """Draws of weights until one's front has a rank map that was not tried."""
+STEPS: Final = 1000
+"""Rank maps near the measured front that are looked at, where no draw has a new one."""
 LAYER_SPREAD: Final = 1.0
 FORMAT_SPREAD: Final = 0.5
 """Standard deviations of a_l and c_f before any trial, as multiples of s."""
@@ -62,7 +64,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """Rank maps of knapsack fronts under learned prices; DONE when every rank map was tried."""
+    """Rank maps of knapsack fronts under learned prices; DONE when none within the limit on MACs is left to find."""
 
     seed: int
     objectives: tuple[str, ...]
@@ -76,6 +78,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         check_cost(self.cost)
+        if type(self.first) is not int or self.first < 0:
+            raise ValueError(f"first must be a whole number from 0 on, found {self.first!r}")
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
@@ -97,7 +101,13 @@ class Auto:
             if choices is not None:
                 return Proposal(choices=choices, origin=NAME)
         rng = np.random.default_rng([self.seed, index, ATTEMPTS])
-        return Proposal(choices=step_to_new(table, model.incumbent(rng), known, rng), origin=NAME)
+        start = model.incumbent(rng)
+        for _ in range(min(STEPS, table.size - len(known))):
+            choices = step_to_new(table, start, known, rng)
+            if model.allowed(choices):
+                return Proposal(choices=choices, origin=NAME)
+            known.add(choices)
+        return DONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +115,7 @@ class _Prices:
     """The table as arrays: one column a candidate, layer after layer."""
 
     losses: list[list[float]]
+    """Finite: a candidate that was measured to break the network counts twice the largest loss that is a number."""
     costs: list[list[int]]
     formats: tuple[str, ...]
     form: list[list[int]]
@@ -114,8 +125,10 @@ class _Prices:
 @lru_cache(maxsize=4)
 def _prices(table: PriceTable, price: str, cost: Cost) -> _Prices:
     formats = tuple(sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense}))
+    losses = layer_losses(table, price)
+    broken = 2 * max((loss for layer in losses for loss in layer if isfinite(loss)), default=0.0) or 1.0
     return _Prices(
-        losses=layer_losses(table, price),
+        losses=[[loss if isfinite(loss) else broken for loss in layer] for layer in losses],
         costs=layer_costs(table, cost),
         formats=formats,
         form=[[-1 if c.dense else formats.index(c.format) for c in layer.candidates] for layer in table.layers],
@@ -152,23 +165,34 @@ class _Model:
         self.prices = _prices(table, rule.price, rule.cost)
         self.quality = _Quality(accuracy="accuracy" in rule.objectives)
         self.limit = table.dense_macs * rule.max_macs_ratio
-        self.layers, self.dense = len(table.layers), table.dense
+        self.table, self.layers = table, len(table.layers)
         self.whole = float(table.macs(table.dense) if rule.cost == "macs" else table.params(table.dense))
         self.other = float(table.other_macs if rule.cost == "macs" else table.other_params)
         self.costs = [np.array(layer) for layer in self.prices.costs]
         self.macs = [np.array([c.macs for c in layer.candidates]) for layer in table.layers]
-        self.other_macs = table.other_macs
         maps = [trial for trial in trials if not trial.proposal.funnel]
         newest = sorted(maps, key=lambda trial: trial.index)[-HISTORY:]
-        seen = [(t.proposal.choices, self.quality.of(t), t.feasible) for t in newest]
-        scored = [(choices, loss) for choices, loss, _ in seen if loss is not None]
-        self.maps = np.array([choices for choices, _ in scored], dtype=np.int64).reshape(-1, self.layers)
+        seen = [(trial.proposal.choices, self.quality.of(trial)) for trial in newest]
+        scored = [(choices, loss) for choices, loss in seen if loss is not None]
+        self.maps = [choices for choices, _ in scored]
         self.losses = np.array([loss for _, loss in scored])
-        self.feasible = np.array([feasible for _, loss, feasible in seen if loss is not None], dtype=bool)
+        self.front = self._measured(maps)
         self.running = [t.proposal.choices for t in maps if t.state == "RUNNING"]
         self._learn()
 
-    def features(self, choices: Iterable[int]) -> Floats:
+    def _measured(self, trials: Sequence[Trial]) -> list[tuple[tuple[float, float], Choices]]:
+        """The front of all feasible trials, however old: cost and loss with the rank map, by rising cost."""
+        scored = [(trial, self.quality.of(trial)) for trial in trials if trial.feasible]
+        found = [(trial.proposal.choices, loss) for trial, loss in scored if loss is not None]
+        costs = self._cost(self._rows([choices for choices, _ in found])).tolist()
+        points = [(cost, loss) for cost, (_, loss) in zip(costs, found, strict=True)]
+        return [(points[i], found[i][0]) for i in non_dominated(points)]
+
+    def allowed(self, choices: Choices) -> bool:
+        """Whether a rank map keeps the budget's limit on MACs."""
+        return self.table.macs(choices) <= self.limit
+
+    def features(self, choices: Sequence[int]) -> Floats:
         """``(2 + L + F,)``: what b, s, every a_l and every c_f are multiplied with."""
         found = np.zeros(2 + self.layers + len(self.prices.formats))
         found[0] = 1.0
@@ -221,33 +245,33 @@ class _Model:
     def best(self, weights: Floats, known: set[Choices]) -> Choices | None:
         """Of the front under these weights, the new rank map that adds most hypervolume; None where all are known."""
         added = self.weighted(weights)
-        front = [choices for choices in predicted_front(self.prices.costs, added) if choices not in known]
-        new = np.array(front, dtype=np.int64).reshape(-1, self.layers)
-        new = new[self._totals(new, self.macs) + self.other_macs <= self.limit]
+        new = self._rows([c for c in predicted_front(self.prices.costs, added) if c not in known])
+        new = new[self._totals(new, self.macs) + self.table.other_macs <= self.limit]
         if not len(new):
             return None
         losses = [np.array(layer) for layer in added]
-        running = np.array(self.running, dtype=np.int64).reshape(-1, self.layers)
-        measured = np.column_stack([self._cost(self.maps), self.losses])[self.feasible]
-        expected = np.column_stack([self._cost(running), weights[0] + self._totals(running, losses)])
-        seen = [(float(x), float(y)) for x, y in (*measured, *expected)]
+        running = self._rows(self.running)
+        expected = zip(self._cost(running).tolist(), self._totals(running, losses).tolist(), strict=True)
+        seen = [point for point, _ in self.front] + [(cost, weights[0] + loss) for cost, loss in expected]
+        front = np.array([seen[i] for i in non_dominated(seen)]).reshape(-1, 2)
         points = np.column_stack([self._cost(new), self.quality.shown(weights[0] + self._totals(new, losses))])
-        known_front = np.array([seen[i] for i in non_dominated(seen)]).reshape(-1, 2)
-        known_front[:, 1] = self.quality.shown(known_front[:, 1])
+        front[:, 1] = self.quality.shown(front[:, 1])
         reference = np.array([1.0, self.quality.worst(self.losses)])
-        return tuple(new[int(np.argmax(gains(points, known_front, reference)))].tolist())
+        return tuple(new[int(np.argmax(gains(points, front, reference)))].tolist())
 
     def incumbent(self, rng: np.random.Generator) -> Choices:
-        """One of the measured front's rank maps, or dense."""
-        if not self.feasible.any():
-            return self.dense
-        at = np.flatnonzero(self.feasible)
-        members = non_dominated([*zip(self._cost(self.maps[at]).tolist(), self.losses[at].tolist(), strict=True)])
-        return tuple(self.maps[at[members[rng.integers(len(members))]]].tolist())
+        """One of the measured front's rank maps; without any, dense, or the cheapest where dense is not allowed."""
+        if not self.front:
+            return self.table.dense if self.allowed(self.table.dense) else (0,) * self.layers
+        return self.front[rng.integers(len(self.front))][1]
 
     def _cost(self, maps: Ints) -> Floats:
         """The cost of rank maps, one a row, as shares of the dense network's."""
         return (self.other + self._totals(maps, self.costs)) / self.whole
+
+    def _rows(self, maps: Sequence[Choices]) -> Ints:
+        """Rank maps as a matrix, one a row."""
+        return np.array(maps, dtype=np.int64).reshape(-1, self.layers)
 
     def _totals(self, maps: Ints, values: Sequence[NDArray[Any]]) -> Floats:
         """The sum over the layers of the candidates' values, for every row of a matrix of rank maps."""

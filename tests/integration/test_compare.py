@@ -227,6 +227,19 @@ def test_after_ctrl_c_the_command_that_continues_is_told(tmp_path: Path, capsys:
     assert {pair for pair in itertools.pairwise(words) if pair[0].startswith("--") and pair[0] != "--quiet"} <= pairs
 
 
+def test_the_command_that_continues_says_nothing_of_the_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKSEARCH_STORAGE", str(tmp_path / "hidden"))
+    given = ["compare", str(QUICKSTART), "--strategies", "knapsack", "--set", UNTRACKED]
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--set", f"data.source={__name__}:interrupt"])
+    assert ended.value.code == 130
+    told = capsys.readouterr().err
+    assert "Go on with: ranksearch compare" in told
+    assert "hidden" not in told
+
+
 @pytest.mark.parametrize(
     ("option", "value", "part"),
     [("--targets", "half", "must be numbers"), ("--maps", "theirs", "NAME=FILE"), ("--csv", "nowhere/a.csv", "folder")],

@@ -246,3 +246,14 @@ def test_targets_come_first_each_with_the_dearest_map_within(name: str) -> None:
     others = [table.macs_ratio(trial.proposal.choices) for trial in run(everywhere, table, 60)]
     for found, target in zip(first, targets, strict=True):
         assert max(other for other in others if other <= target) <= found <= target
+
+
+@pytest.mark.parametrize(
+    "name", ["uniform", "energy", "water-filling", "lc", "eps", "evbmf", "alds", "greedy", "knapsack"]
+)
+def test_nothing_beyond_the_limit_on_macs_is_tried(name: str) -> None:
+    table = measured_table()
+    limited = build_strategy(StrategySpec(name=name), Terms(seed=0, objectives=OBJECTIVES, max_macs_ratio=0.6))
+    ratios = [table.macs_ratio(trial.proposal.choices) for trial in run(limited, table, 30)]
+    assert len(ratios) > 3
+    assert max(ratios) <= 0.6

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
+from math import inf
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ranksearch.errors import SpaceError
 from ranksearch.front import hypervolume, non_dominated
 from ranksearch.space import StrategySpec
-from ranksearch.strategies import Terms, build_strategy
-from ranksearch.strategies.auto import gains
+from ranksearch.strategies import Terms, auto, build_strategy
+from ranksearch.strategies.auto import Auto, gains
 from ranksearch.table import PriceTable
-from ranksearch.trial import Outcome, Proposal, Trial, objective_values
+from ranksearch.trial import DONE, Outcome, Proposal, Trial, objective_values
 from tests.tables import price_table
 
 OBJECTIVES = ("accuracy", "macs")
@@ -38,18 +41,18 @@ def searched(name: str, table: PriceTable, trials: int, seed: int, terms: Terms)
             proposal = strategy.propose(table, [*found, *batch])
             assert isinstance(proposal, Proposal)
             batch.append(Trial(number=i, index=i, proposal=proposal, state="RUNNING"))
-        for trial in batch:
-            choices = trial.proposal.choices
-            outcome = Outcome(
-                accuracy_search=accuracy(table, choices, seed),
-                loss=1.0,
-                macs=table.macs(choices),
-                params=1,
-                seconds=0.0,
-            )
-            values = objective_values(outcome, OBJECTIVES)
-            found.append(replace(trial, state="COMPLETE", outcome=outcome, values=values))
+        found += [complete(table, trial.proposal, trial.number, seed) for trial in batch]
     return found
+
+
+def complete(table: PriceTable, proposal: Proposal, number: int, seed: int = 0) -> Trial:
+    """A trial of the proposal that has been scored."""
+    choices = proposal.choices
+    outcome = Outcome(
+        accuracy_search=accuracy(table, choices, seed), loss=1.0, macs=table.macs(choices), params=1, seconds=0.0
+    )
+    values = objective_values(outcome, OBJECTIVES)
+    return Trial(number=number, index=number, proposal=proposal, state="COMPLETE", outcome=outcome, values=values)
 
 
 def volume(table: PriceTable, trials: list[Trial]) -> float:
@@ -90,3 +93,51 @@ def test_the_gain_of_a_point_is_the_hypervolume_that_it_adds(
     before = hypervolume(members, (1.0, 1.0))
     expected = [hypervolume([*members, point], (1.0, 1.0)) - before for point in points]
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_a_search_ends_when_every_rank_map_within_the_limit_was_tried() -> None:
+    table = price_table(3, 4)
+    strategy = build_strategy(StrategySpec(name="auto"), Terms(seed=0, objectives=OBJECTIVES, max_macs_ratio=0.6))
+    trials: list[Trial] = []
+    while isinstance(proposal := strategy.propose(table, trials), Proposal):
+        trials.append(complete(table, proposal, len(trials)))
+    found = {trial.proposal.choices for trial in trials}
+    assert found == {choices for choices in product(range(4), repeat=3) if table.macs_ratio(choices) <= 0.6}
+    assert proposal is DONE
+
+
+def test_the_measured_front_holds_trials_of_any_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "HISTORY", 8)
+    table = price_table(6, 8)
+    trials = searched("random", table, 40, 0, Terms(seed=0, objectives=OBJECTIVES))
+    model = auto._Model(Auto(seed=0, objectives=OBJECTIVES), table, trials)
+    points = [(t.outcome.macs, -t.outcome.accuracy_search) for t in trials if t.outcome]
+    expected = [trials[i].proposal.choices for i in non_dominated(points)]
+    assert [choices for _, choices in model.front] == expected
+    assert expected[0] not in [trial.proposal.choices for trial in trials[-8:]]
+
+
+def test_a_candidate_that_was_measured_to_break_the_network_is_learned_from() -> None:
+    table = price_table(6, 8)
+    layers = [
+        replace(
+            layer,
+            candidates=tuple(
+                replace(c, prices=(("loss", inf if i == 0 else c.error),)) for i, c in enumerate(layer.candidates)
+            ),
+        )
+        for layer in table.layers
+    ]
+    table = replace(table, layers=tuple(layers))
+    trials = searched("random", table, 24, 0, Terms(seed=0, objectives=OBJECTIVES))
+    assert any(0 in trial.proposal.choices for trial in trials)
+    strategy = build_strategy(
+        StrategySpec(name="auto", price="loss", options={"first": 0}), Terms(seed=0, objectives=OBJECTIVES)
+    )
+    assert isinstance(strategy.propose(table, trials), Proposal)
+
+
+@pytest.mark.parametrize("first", ["many", 2.5, -1])
+def test_wrong_options_are_told(first: object) -> None:
+    with pytest.raises(SpaceError, match="first must be a whole number"):
+        build_strategy(StrategySpec(name="auto", options={"first": first}), Terms(seed=0, objectives=OBJECTIVES))

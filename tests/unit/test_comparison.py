@@ -210,6 +210,9 @@ def test_what_a_space_says_of_its_strategy_goes_with_that_alone() -> None:
     assert (tpe.spec.sampler, tpe.spec.options, tpe.spec.seeds) == ("tpe", {}, SPACE.strategy.seeds)
     assert (knapsack.spec.name, knapsack.spec.options, knapsack.spec.seeds) == ("knapsack", {}, [])
     assert tpe.slug == "optuna-tpe"
+    unnamed = SPACE.model_copy(update={"strategy": SPACE.strategy.model_copy(update={"sampler": None})})
+    (default,) = variants_of(unnamed, ["optuna:nsga2"], {})
+    assert default.spec.options == {"population_size": 4}
     given = tpe.space(SPACE, 3, TARGETS)
     assert (given.seed, given.budget.targets, given.budget.trials) == (3, list(TARGETS), 12)
 

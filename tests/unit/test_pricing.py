@@ -191,6 +191,9 @@ def test_the_ranks_of_a_users_map_are_candidates_beside_all_others(tmp_path: Pat
         fresh = [c for c in after.candidates if c not in before.candidates]
         assert [(c.format, c.ranks) for c in fresh] == ([("tucker2", given)] if before.name == name else [])
         assert [c for c in after.candidates if c not in fresh] == list(before.candidates)
+    dear = layer.model_copy(update={"ranks": max_rank(FORMATS["tucker2"], conv)})
+    with pytest.raises(RankMapError, match=rf"less than dense, found tucker2 .* for {name} at .*Leave the layer out"):
+        price(space_of(), selection, factors, [theirs.model_copy(update={"layers": {name: dear}})])
     impossible = layer.model_copy(update={"ranks": (1000, 1)})
     with pytest.raises(RankMapError, match=rf"tucker2 \(1000, 1\) for {name}.*Remove the map"):
         price(space_of(), selection, factors, [theirs.model_copy(update={"layers": {name: impossible}})])
