@@ -36,8 +36,8 @@ SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
 PENALTIES: tuple[Penalty, ...] = ("funnel", "l1", "l2")
 TARGETS = (0.5, 0.35, 0.7)
 BATCH_IMAGES = 32
-STEPS = {"settle_steps": 5, "penalty_steps": 100}
-TUNE_STEPS = 70
+STEPS = {"settle_steps": 10, "penalty_steps": 200}
+TUNE_STEPS = 150
 CPU = torch.device("cpu")
 
 
