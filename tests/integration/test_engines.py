@@ -42,6 +42,8 @@ class Factory:
     exhaust: int = -1
     kill: int = -1
     seconds: float = 0.0
+    workers: int = 0
+    """A task waits until as many have started, a minute at most: a busy machine starts one long after the other."""
 
     def __call__(self) -> Callable[[Task], Outcome]:
         (self.folder / f"factory-{os.getpid()}-{time.monotonic_ns()}").touch()
@@ -56,6 +58,9 @@ class Factory:
         if task.seed == self.kill and not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        patience = time.monotonic() + 60
+        while self.calls < self.workers and time.monotonic() < patience:
+            time.sleep(0.05)
         if self.seconds:
             start = time.monotonic_ns()  # one clock for all processes
             time.sleep(self.seconds)
@@ -189,7 +194,7 @@ def test_a_killed_worker_costs_only_what_it_was_doing(
 
 
 def test_two_workers_work_at_the_same_time(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    source, factory = Batches(8, 4), Factory(folder=tmp_path, seconds=1.0)
+    source, factory = Batches(8, 4), Factory(folder=tmp_path, seconds=1.0, workers=2)
     engine("ray", request).run(factory, source)
     assert factory.calls == 2
     assert all(isinstance(result, Outcome) for result in source.results.values())

@@ -205,7 +205,7 @@ def test_another_process_proposes_the_same(sampler: str) -> None:
     ("section", "address", "remedy"),
     [
         ({"name": "optuan"}, "$.strategy.name", "Did you mean `optuna`?"),
-        ({"name": "zzz"}, "$.strategy.name", "Known: uniform, energy, water-filling, lc, "),
+        ({"name": "zzz"}, "$.strategy.name", "Known: auto, uniform, energy, water-filling, lc, "),
         ({"seeds": ["energy", "unifrom"]}, "$.strategy.seeds[1]", "Did you mean `uniform`?"),
         ({"sampler": "nsga"}, "$.strategy.sampler", "Did you mean `nsga"),
         ({"sampler": "no.such.module:Sampler"}, "$.strategy.sampler", "package.module:Class"),
