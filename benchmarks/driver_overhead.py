@@ -27,10 +27,10 @@ from ranksearch.driver import Driver
 from ranksearch.engine import Evaluate, Source, build_engine
 from ranksearch.preparation import versions
 from ranksearch.rankmap import ModelRecord
+from ranksearch.setting import Setting
 from ranksearch.space import BudgetSpec, ModelSpec, ResourcesSpec, Space, StrategySpec
 from ranksearch.storage import Store
 from ranksearch.strategies import Terms, build_strategy
-from ranksearch.study import Setting
 from ranksearch.table import PriceTable
 from ranksearch.tracking import Tracker, View
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Signal, Task

@@ -109,7 +109,7 @@ class Bench:
     data: Data
     table: PriceTable
     dense: Mapping[str, float]
-    """Of the dense network: ``accuracy_search``, ``macs`` and more, as :class:`~ranksearch.study.Setting` has it."""
+    """Of the dense network: ``accuracy_search``, ``macs`` and more, as :class:`~ranksearch.setting.Setting` has it."""
     state: Arrays
     """The dense network's state dict."""
     factors: Mapping[tuple[str, str, Kind], Arrays]

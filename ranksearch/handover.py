@@ -30,9 +30,9 @@ from ranksearch.preparation import Notify, check_classes, located_data, silent, 
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.space import DataSpec, ModelSpec
 from ranksearch.storage import Store
-from ranksearch.study import Study, interval
+from ranksearch.study import Study
 from ranksearch.surgery import apply_rank_map, channels_last, check_fits, count_macs, count_params
-from ranksearch.trial import Outcome, Trial
+from ranksearch.trial import Outcome, Trial, interval
 
 RECORDED = "recorded"
 """In place of a file or folder: the data that the rank map's search used."""

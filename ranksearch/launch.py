@@ -20,10 +20,11 @@ from ranksearch.factors import threads
 from ranksearch.preparation import Network, Notify, factorise, located, make_bench, read_network, settle, silent
 from ranksearch.pricing import unknown_formats
 from ranksearch.rankmap import RankMap
+from ranksearch.setting import Setting
 from ranksearch.space import Space
 from ranksearch.storage import Store
 from ranksearch.strategies import Strategy, Terms, build_strategy
-from ranksearch.study import Setting, Study
+from ranksearch.study import Study
 from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Outcome, Trial
 

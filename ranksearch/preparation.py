@@ -31,10 +31,10 @@ from ranksearch.models import build_model, digits_weights, find_weights, load_we
 from ranksearch.prices import Map, Price, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord, RankMap
+from ranksearch.setting import Setting
 from ranksearch.space import DataSpec, Space
 from ranksearch.spectra import with_spectra
 from ranksearch.strategies import READ_PRICES, READ_SPECTRA, runs_funnels
-from ranksearch.study import Setting
 from ranksearch.surgery import channels_last, count_macs, count_params
 from ranksearch.table import GATEABLE, PREDICTED, PriceTable
 from ranksearch.training import computes_bfloat16, steps_of

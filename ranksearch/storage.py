@@ -23,7 +23,8 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.study import StudyDirection
 
 from ranksearch.errors import StudyError
-from ranksearch.study import Setting, Study, lock_folder
+from ranksearch.setting import Setting
+from ranksearch.study import Study, lock_folder
 from ranksearch.trial import MAXIMISED
 
 

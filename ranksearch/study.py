@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -22,10 +22,10 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ranksearch.config import parse_space
 from ranksearch.errors import StudyError
 from ranksearch.front import hypervolume, non_dominated
-from ranksearch.rankmap import ModelRecord, RankMap
+from ranksearch.rankmap import RankMap
+from ranksearch.setting import Setting
 from ranksearch.space import Space
 from ranksearch.strategies.funnel import RANGES
 from ranksearch.table import PriceTable
@@ -37,6 +37,7 @@ from ranksearch.trial import (
     Trial,
     checkpoint_name,
     constraints,
+    interval,
     minimised,
     objective_values,
 )
@@ -47,49 +48,6 @@ if TYPE_CHECKING:
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
 INTERRUPTED = "interrupted: the driver ended before the trial did"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What a search settled before its first trial; kept with the study, so that nothing else is needed to read it."""
-
-    space: Space
-    table: PriceTable
-    model: ModelRecord
-    dense: Mapping[str, float]
-    """Of the dense network: ``accuracy`` (report images), ``accuracy_search``, ``loss``, ``macs``, ``params``."""
-    left_dense: Mapping[str, str]
-    """Layer to the reason why it is not searched."""
-    classes: int
-    data_digest: str
-    """Hash of the images and labels; a study is continued on the same ones only."""
-    dtype: str
-    """Arithmetic of fine-tuning."""
-    versions: Mapping[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types; ``from_json`` reads it back."""
-        return {
-            "space": self.space.model_dump(mode="json"),
-            "table": self.table.to_json(),
-            "model": self.model.model_dump(mode="json"),
-            "dense": dict(self.dense),
-            "left_dense": dict(self.left_dense),
-            "classes": self.classes,
-            "data_digest": self.data_digest,
-            "dtype": self.dtype,
-            "versions": dict(self.versions),
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Setting:
-        """The setting written by ``to_json``."""
-        return cls(
-            space=parse_space(data["space"], "the study's space"),
-            table=PriceTable.from_json(data["table"]),
-            model=ModelRecord.model_validate(data["model"]),
-            **{key: data[key] for key in ("dense", "left_dense", "classes", "data_digest", "dtype", "versions")},
-        )
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -421,16 +379,6 @@ def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
         "params": outcome.params,
         "seconds": outcome.seconds,
     }
-
-
-def interval(accuracy: float, images: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of an accuracy measured on so many images."""
-    if not images or math.isnan(accuracy):
-        return math.nan, math.nan
-    z = 1.959963984540054
-    centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * math.sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
-    return centre - half, centre + half
 
 
 def _by_name(constraints: Mapping[str, float]) -> tuple[float, ...]:

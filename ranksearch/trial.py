@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from math import isfinite
+from math import isfinite, isnan, nan, sqrt
 from typing import Any, Final, Self
 
 from ranksearch.space import BudgetSpec
@@ -191,3 +191,13 @@ def constraints(outcome: Outcome, budget: BudgetSpec, dense: Mapping[str, float]
     if budget.max_drop is not None:
         limits["max_drop"] = 100 * (dense["accuracy_search"] - outcome.accuracy_search) - budget.max_drop
     return limits
+
+
+def interval(accuracy: float, images: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy measured on so many images."""
+    if not images or isnan(accuracy):
+        return nan, nan
+    z = 1.959963984540054
+    centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
+    half = z / (1 + z * z / images) * sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
+    return centre - half, centre + half

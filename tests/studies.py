@@ -8,8 +8,8 @@ from typing import Any
 
 from ranksearch.engine import Evaluate
 from ranksearch.rankmap import ModelRecord
+from ranksearch.setting import Setting
 from ranksearch.space import Space
-from ranksearch.study import Setting
 from ranksearch.table import PriceTable
 from ranksearch.trial import Outcome, Proposal, Task
 from tests.tables import DENSE_ACCURACY, price_table, proposal_outcome

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ranksearch.comparison import Comparison as Strategies
     from ranksearch.handover import Comparison
     from ranksearch.layerwise import Decomposition
-    from ranksearch.study import Setting, Study
+    from ranksearch.setting import Setting
+    from ranksearch.study import Study
     from ranksearch.surgery import Layer
 
 _WHOLE = ("number", "index", "attempt", "trial", "macs", "params", "seeds", "done", "failed")

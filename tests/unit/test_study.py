@@ -28,8 +28,8 @@ from scipy.stats import binomtest
 
 from ranksearch.errors import RanksearchError, StudyError
 from ranksearch.storage import Store
-from ranksearch.study import INTERRUPTED, Study, interval
-from ranksearch.trial import Failure, Outcome, Proposal
+from ranksearch.study import INTERRUPTED, Study
+from ranksearch.trial import Failure, Outcome, Proposal, interval
 from tests.conftest import REPOSITORY
 from tests.studies import TABLE, setting_of, space_of
 from tests.tables import table_outcome

@@ -1,0 +1,55 @@
+"""What a search settled before its first trial, as frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ranksearch.config import parse_space
+from ranksearch.rankmap import ModelRecord
+from ranksearch.space import Space
+from ranksearch.table import PriceTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a search settled before its first trial; kept with the study, so that nothing else is needed to read it."""
+
+    space: Space
+    table: PriceTable
+    model: ModelRecord
+    dense: Mapping[str, float]
+    """Of the dense network: ``accuracy`` (report images), ``accuracy_search``, ``loss``, ``macs``, ``params``."""
+    left_dense: Mapping[str, str]
+    """Layer to the reason why it is not searched."""
+    classes: int
+    data_digest: str
+    """Hash of the images and labels; a study is continued on the same ones only."""
+    dtype: str
+    """Arithmetic of fine-tuning."""
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; ``from_json`` reads it back."""
+        return {
+            "space": self.space.model_dump(mode="json"),
+            "table": self.table.to_json(),
+            "model": self.model.model_dump(mode="json"),
+            "dense": dict(self.dense),
+            "left_dense": dict(self.left_dense),
+            "classes": self.classes,
+            "data_digest": self.data_digest,
+            "dtype": self.dtype,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Setting:
+        """The setting written by ``to_json``."""
+        return cls(
+            space=parse_space(data["space"], "the study's space"),
+            table=PriceTable.from_json(data["table"]),
+            model=ModelRecord.model_validate(data["model"]),
+            **{key: data[key] for key in ("dense", "left_dense", "classes", "data_digest", "dtype", "versions")},
+        )
