@@ -360,7 +360,7 @@ def test_runs_of_the_digits_network_meet_their_target(changes: dict[str, Any]) -
     run = Funnel(net, formats, prepared_of(net, formats, shape), data, spec, seed=0)
     result = run.run()
     target = changes.get("target", 0.5)
-    assert target - 0.01 < result.macs_ratio <= target
+    assert 0.99 * target < result.macs_ratio <= target
     gated = [entry["macs_ratio"] for entry in result.history if "macs_ratio" in entry]
     assert min(gated) >= target - 0.01  # the penalty never goes below; the training might, by a gate
     assert result.macs_ratio == count_macs(result.model, shape) / count_macs(run.dense, shape)
@@ -497,5 +497,5 @@ def test_a_trained_network_keeps_its_accuracy_at_half_the_macs() -> None:
     x, labels = to_input(data.report.images, data), torch.as_tensor(data.report.labels)
     with torch.no_grad():
         dense, found = (float((model(x).argmax(1) == labels).float().mean()) for model in (net, result.model))
-    assert 0.49 < result.macs_ratio <= 0.5
+    assert 0.495 < result.macs_ratio <= 0.5
     assert found > dense - 0.03
