@@ -251,12 +251,33 @@ class ResourcesSpec(Section):
     """Ray cluster to run on; ``local`` starts one on this machine."""
 
 
+class JobSpec(Section):
+    """What ``ranksearch submit`` sends to a cluster beside the space; a search itself reads none of it."""
+
+    folder: str | None = None
+    """Folder that all files sent lie in, relative to the working directory; by default the working directory where the
+    space file lies in it, else the space file's folder. Files that the space names by relative paths are sent from
+    there, and its Python files where the space names a factory."""
+    include: list[str] = []
+    """Further files to send: shell patterns in that folder, such as ``classes/*.txt``."""
+    requirements: str | None = None
+    """File in that folder of requirements that every machine installs first, each pinned as ``name==version``."""
+    environment: dict[str, str] = {}
+    """Environment variables of the search and its workers on the cluster. Those that the space names as ``${NAME}``
+    travel by themselves, with the value that they have where ``submit`` runs unless they are given here."""
+    secrets: list[str] = []
+    """Names of further environment variables to send whose values are recorded nowhere."""
+    python: str = "python"
+    """Python of the cluster's machines."""
+
+
 class TrackingSpec(Section):
     """MLflow."""
 
     enabled: bool = True
     uri: str | None = None
-    """A tracking server or database; a SQLite file beside the studies by default."""
+    """A tracking server or database; a SQLite file beside the studies by default. A password is written ``${NAME}``,
+    and read from that environment variable whenever a connection is made."""
     experiment: str = "ranksearch"
 
 
@@ -284,6 +305,7 @@ class Space(Section):
     evaluation: EvaluationSpec = EvaluationSpec()
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
+    job: JobSpec = JobSpec()
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = True
     """Proposals in synchronous batches: the same seed gives the same trials with any number of workers."""

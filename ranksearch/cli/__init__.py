@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli import comparing, networks, searching, studies
+from ranksearch.cli import comparing, jobs, networks, searching, studies
 from ranksearch.cli.options import complain
 from ranksearch.errors import BudgetError, RanksearchError, RebuildError
 
@@ -54,6 +54,11 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     networks.apply: "apply rank_map.json --weights dense.safetensors -o compressed.safetensors",
     networks.evaluate: "evaluate rank_map.json",
     studies.ui: "ui first --port 5001",
+    jobs.submit: "submit search_spaces/quickstart.yaml --address http://127.0.0.1:8265 --follow",
+    jobs.jobs: "jobs --address http://127.0.0.1:8265",
+    jobs.status: "status ranksearch-quickstart-1a2b3c",
+    jobs.logs: "logs -f ranksearch-quickstart-1a2b3c",
+    jobs.stop: "stop ranksearch-quickstart-1a2b3c",
     searching.schema: "schema > space.schema.json",
 }
 for _command, _example in _EXAMPLES.items():

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ranksearch.secrecy import redacted
+
 SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -47,4 +49,4 @@ def complain(problem: object) -> None:
             problem = f"the disk is full: {problem}. Free some space, or choose another folder with --storage."
         else:
             problem = f"a file or folder cannot be used: {problem}. Check that it exists and may be written."
-    say(f"Error: {problem}", style="red", stderr=True)
+    say(f"Error: {redacted(str(problem))}", style="red", stderr=True)

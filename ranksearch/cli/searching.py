@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,10 +64,17 @@ def search(
     study: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the new study; that of the space by default.")
     ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Where there is a study of that name, go on with it instead.")
+    ] = False,
     storage: Storage = None,
     quiet: Quiet = False,
 ) -> None:
     """Search the ranks of a network; ends with the front and the commands to go on."""
+    if go_on and (known := _known(space, settings or (), study, storage)) is not None:
+        name, trials = known
+        resume(name, trials=trials, storage=storage, quiet=quiet)
+        return
     with _driving(storage, quiet) as reporter:
         from ranksearch.launch import search as run
 
@@ -107,6 +115,16 @@ def schema() -> None:
     from ranksearch.config import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _known(space: Path, settings: Sequence[str], study: str | None, storage: str | None) -> tuple[str, int] | None:
+    """The study that a search of this space would go on with, and how many trials the space asks for."""
+    from ranksearch.launch import read_space
+    from ranksearch.storage import Store
+
+    found, _ = read_space(space, settings)
+    name = study or found.name or "search"
+    return (name, found.budget.trials) if name in Store(storage).names() else None
 
 
 @contextmanager

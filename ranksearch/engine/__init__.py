@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from ranksearch.secrecy import redacted
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Signal, Task
 
@@ -95,6 +96,6 @@ def attempt(evaluate: Evaluate, task: Task) -> Outcome | Failure:
 
 
 def reason(error: Exception) -> str:
-    """Type and message of an error in one line."""
-    message = " ".join(str(error).split())
+    """Type and message of an error in one line, without passwords."""
+    message = " ".join(redacted(str(error)).split())
     return f"{type(error).__name__}: {message}"[:_REASON_LENGTH].removesuffix(": ")

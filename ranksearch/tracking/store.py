@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.errors import TrackingError
+from ranksearch.secrecy import filled
 from ranksearch.space import TrackingSpec
 
 # Read when MLflow is imported and whenever it ends a run: else it prints links, and calls home.
@@ -44,14 +45,13 @@ def store_uri(spec: TrackingSpec, folder: Path) -> str:
     """The store's URI; raises :class:`TrackingError` where MLflow would fall back to files in the working directory."""
     if spec.uri is None:
         return f"sqlite:///{(folder / 'mlflow.db').resolve()}"
-    scheme, colon, rest = spec.uri.partition("://")
-    if spec.uri.startswith("databricks") or (
-        colon and rest.strip("/") and scheme.split("+")[0] in (*_DATABASES, *_SERVERS)
-    ):
-        return spec.uri
+    uri = str(filled(spec.uri))
+    scheme, colon, rest = uri.partition("://")
+    if uri.startswith("databricks") or (colon and rest.strip("/") and scheme.split("+")[0] in (*_DATABASES, *_SERVERS)):
+        return uri
     raise TrackingError(
         "tracking.uri must be a server (http://host:port) or a database (sqlite:////path/mlflow.db, postgresql://...), "
-        f"found {spec.uri!r}. Correct it, or leave it out for a SQLite file beside the studies."
+        f"found {shown(spec.uri)!r}. Correct it, or leave it out for a SQLite file beside the studies."
     )
 
 
