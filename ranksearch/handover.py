@@ -114,6 +114,7 @@ def compress(
     weights: Path | None = None,
     data: str | None = None,
     storage: str | Path | None = None,
+    trust: bool = False,
     notify: Notify = silent,
 ) -> RankMap:
     """Decompose a dense network afresh at the ranks of a map, and write the compressed weights to ``output``.
@@ -126,6 +127,7 @@ def compress(
         data: a space file, a folder or ``"recorded"``: its calibration images make the factors activation-aware.
             Without, they are weight-only.
         storage: where the cache is.
+        trust: whether functions that the map alone names are imported and called.
         notify: told what is being done.
 
     Returns:
@@ -138,6 +140,8 @@ def compress(
     _check_targets(output, output)
     found = RankMap.load(rank_map) if rank_map.suffix == ".json" else read_compressed(rank_map)[0]
     record, cache = found.model, Store(storage).cache
+    if not trust:
+        _check_factories(found, model=model, data=data)
     if model is not None and model != record.name:
         record = ModelRecord(name=model, input_shape=record.input_shape)
     loaded = _load(found, data, cache, notify) if data is not None else None
@@ -216,6 +220,7 @@ def compare(
     data: str = RECORDED,
     weights: Path | None = None,
     storage: str | Path | None = None,
+    trust: bool = False,
     notify: Notify = silent,
 ) -> Comparison:
     """Score a compressed network and the dense one on the report images, and measure their cost.
@@ -225,12 +230,15 @@ def compare(
         data: ``"recorded"`` by the map's search, a space file, or a folder that replaces the recorded root.
         weights: of the dense network; those the map records by default.
         storage: where the cache is.
+        trust: whether functions that the map alone names are imported and called.
         notify: told what is being done.
 
     Raises:
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
     rank_map, stored = read_compressed(file)
+    if not trust:
+        _check_factories(rank_map, model=None, data=data)
     cache, record = Store(storage).cache, rank_map.model
     loaded = _load(rank_map, data, cache, notify)
     dense, found = _dense_network(record, weights, loaded, cache, notify)
@@ -285,6 +293,30 @@ def _provenance(rank_map: RankMap, key: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise RankMapError(f"provenance.{key} of the rank map must be a number, found {value!r}. Export it again.")
     return value
+
+
+def _check_factories(rank_map: RankMap, *, model: str | None, data: str | None) -> None:
+    """Refuse functions that only the map names: one from elsewhere may name any, with any arguments.
+
+    Raises:
+        RankMapError: there is one that neither ``model`` nor the space file ``data`` names too.
+    """
+    known = {model}
+    path = Path(data).expanduser() if data not in (None, RECORDED) else None
+    if path is not None and path.is_file():
+        space = load_space(path)
+        # What is called with the map's own options, not the file's, is known only where these are the same.
+        known.add(space.model.name if space.model.options == rank_map.model.options else None)
+    named = [rank_map.model.name] if model in (None, rank_map.model.name) else []
+    recorded = rank_map.provenance.get("data")
+    if isinstance(recorded, dict) and (path is None or not path.is_file()) and data is not None:
+        named.append(str(recorded.get("source")))
+    strangers = [name for name in named if ":" in name and name not in known]
+    if strangers:
+        raise RankMapError(
+            f"a function that a rank map names is called only where you name it too, the map names {strangers[0]}. "
+            "Give --trust if the map is yours or you know what the function does, or --data SPACE.yaml that names it."
+        )
 
 
 def _load(rank_map: RankMap, data: str, cache: Path, notify: Notify) -> Data:

@@ -203,7 +203,13 @@ class Study:
     def trials(self) -> list[Trial]:
         """Every trial, in order of numbers."""
         frozen = self._storage.get_all_trials(self._study_id, deepcopy=False)
-        return [self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
+        try:
+            return [self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise StudyError(
+                f"the trials of {self.name} cannot be read ({type(error).__name__}: {error}). The study is damaged, or "
+                "not one of ranksearch's: restore it from a copy, or search again."
+            ) from error
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
         self._ids[frozen.number] = frozen._trial_id

@@ -80,6 +80,9 @@ class Outcome:
     def __post_init__(self) -> None:
         if not (isfinite(self.loss) and 0.0 <= self.accuracy_search <= 1.0):
             raise ValueError(f"an outcome needs a finite loss and an accuracy in [0, 1], found {self}")
+        # A driver removes weights that are no longer wanted: a study from elsewhere must not name other files.
+        if self.weights is not None and (self.weights in ("", ".", "..") or set(self.weights) & {"/", "\\", "\0"}):
+            raise ValueError(f"weights must be a file of the study's folder, found {self.weights!r}")
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; ``from_json`` reads it back."""

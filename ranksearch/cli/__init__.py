@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli import comparing, jobs, networks, searching, studies
+from ranksearch.cli import checking, comparing, jobs, networks, searching, studies
 from ranksearch.cli.options import complain
 from ranksearch.errors import BudgetError, RanksearchError, RebuildError
 
@@ -59,6 +59,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     jobs.status: "status ranksearch-quickstart-1a2b3c",
     jobs.logs: "logs -f ranksearch-quickstart-1a2b3c",
     jobs.stop: "stop ranksearch-quickstart-1a2b3c",
+    checking.doctor: "doctor search_spaces/quickstart.yaml --address auto",
     searching.schema: "schema > space.schema.json",
 }
 for _command, _example in _EXAMPLES.items():

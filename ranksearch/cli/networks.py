@@ -14,6 +14,9 @@ from ranksearch.cli.tables import comparison_table, decomposition_table, percent
 
 _MODEL = "Architecture, or a space file: its calibration images make the factors activation-aware."
 _DENSE = "The dense network's weights; those that the map records by default."
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Import and call the functions (package.module:function) that the map names.")
+]
 
 
 def decompose(
@@ -103,6 +106,7 @@ def apply(
             help="Calibration images, for activation-aware factors; weight-only without.",
         ),
     ] = None,
+    trust: Trust = False,
     storage: Storage = None,
 ) -> None:
     """Decompose a dense network afresh at the ranks of a map."""
@@ -110,7 +114,14 @@ def apply(
 
     with Reporter() as reporter:
         found = compress(
-            rank_map, output, model=model, weights=weights, data=data, storage=storage, notify=reporter.notify
+            rank_map,
+            output,
+            model=model,
+            weights=weights,
+            data=data,
+            storage=storage,
+            trust=trust,
+            notify=reporter.notify,
         )
     factors = found.provenance["applied_afresh"]
     say(f"{factors} factors: {percent(found.macs_ratio, 1)} % of the MACs, {found.params:,} parameters")
@@ -124,6 +135,7 @@ def evaluate(
         typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root."),
     ] = "recorded",
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
@@ -131,7 +143,7 @@ def evaluate(
     from ranksearch.handover import compare
 
     with Reporter() as reporter:
-        found = compare(compressed, data=data, weights=weights, storage=storage, notify=reporter.notify)
+        found = compare(compressed, data=data, weights=weights, storage=storage, trust=trust, notify=reporter.notify)
     recorded = found.rank_map.metrics.get("accuracy")
     if as_json:
         report = {

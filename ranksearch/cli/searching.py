@@ -17,6 +17,7 @@ from ranksearch.cli.options import AsJson, Quiet, Settings, SpaceFile, Storage, 
 from ranksearch.cli.progress import Reporter
 from ranksearch.cli.tables import front_table, inspection, layers_table, percent
 from ranksearch.errors import RanksearchError
+from ranksearch.secrecy import redacted
 
 if TYPE_CHECKING:
     from ranksearch.study import Study
@@ -180,7 +181,7 @@ def _next_commands(study: Study, storage: str | None) -> list[str]:
     commands = [
         f"ranksearch front {name} --html front.html{place}",
         f"ranksearch export {name} --knee -o rank_map.json --save-weights compressed.safetensors{place}",
-        f"ranksearch evaluate rank_map.json{place}",
+        f"ranksearch evaluate rank_map.json{' --trust' if _calls_factories(study) else ''}{place}",
         f"ranksearch resume {name} --trials {2 * study.space.budget.trials}{place}",
     ]
     if study.space.tracking.enabled:
@@ -191,7 +192,12 @@ def _next_commands(study: Study, storage: str | None) -> list[str]:
     return commands
 
 
+def _calls_factories(study: Study) -> bool:
+    """Whether the rank map will name functions of the user's."""
+    return ":" in study.space.model.name or ":" in study.space.data.source
+
+
 def _place(storage: str | None) -> str:
     """How to name a storage that is not where commands look by themselves."""
     given = storage != os.environ.get("RANKSEARCH_STORAGE")
-    return f" --storage {shlex.quote(storage)}" if storage and given else ""
+    return f" --storage {shlex.quote(redacted(storage))}" if storage and given else ""

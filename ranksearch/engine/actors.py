@@ -15,6 +15,7 @@ from ranksearch.engine.cluster import cluster, nodes, quiet
 from ranksearch.engine.pool import Work, answer
 from ranksearch.engine.resources import workers
 from ranksearch.errors import EngineError
+from ranksearch.secrecy import adopt
 from ranksearch.space import ResourcesSpec
 
 
@@ -53,6 +54,7 @@ class _Worker:
     """Holds the function."""
 
     def __init__(self, work: Work) -> None:
+        adopt()
         self._work = work
 
     def answer(self, item: Any) -> bytes:

@@ -24,6 +24,7 @@ from ranksearch.engine import Evaluate, Factory, Source, attempt, reason
 from ranksearch.engine.cluster import cluster, nodes, quiet
 from ranksearch.engine.resources import workers
 from ranksearch.errors import EngineError
+from ranksearch.secrecy import adopt
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Task
 
@@ -111,6 +112,7 @@ class _Worker(tune.Trainable):
         self._ready = False
         self._broken: str | None = None
         self._evaluate: Evaluate | None = None
+        adopt()
         try:
             self._evaluate = factory() if factory else None
         except Exception as error:

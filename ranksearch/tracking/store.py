@@ -91,6 +91,21 @@ def connect(uri: str, experiment: str, folder: Path) -> tuple[MlflowClient, str]
     return client, found.experiment_id
 
 
+def answers(uri: str) -> None:
+    """Raise :class:`TrackingError` where the store does not answer; a SQLite file need not exist yet."""
+    with explained(uri):
+        if uri.startswith(_SERVERS):
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+        elif not uri.startswith("sqlite"):
+            engine = sqlalchemy.create_engine(uri)
+            try:
+                engine.connect().close()
+            finally:
+                engine.dispose()
+
+
 def use_write_ahead_log(database: Path) -> Callable[[], None]:
     """Make commits to one SQLite file cheap, on every connection to it; returns what undoes that.
 
