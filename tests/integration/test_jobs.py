@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import requests
 
-from ranksearch.errors import JobError
 from ranksearch.jobs import JobServer
 from ranksearch.storage import Store
 from tests.conftest import REPOSITORY
@@ -36,23 +37,32 @@ def free_port() -> int:
 class Cluster:
     address: str
     """Of the job server."""
+    gcs: str
+    """Of the head, for other nodes and drivers."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes of one CPU each, for all tests of this file."""
     port, dashboard = free_port(), free_port()
-    head = (*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=1")
-    with started(*head), started(*NODE, f"--address=127.0.0.1:{port}", "--num-cpus=1"):
-        address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 90
-        while True:
-            try:
-                JobServer(address)
-                break
-            except JobError:
-                assert time.monotonic() < deadline, "the head did not start"
-                time.sleep(1)
-        yield Cluster(address=address)
+    found = Cluster(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{port}")
+    with started(*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=1"):
+        await_nodes(found, 1)  # a node that finds no head gives up
+        with started(*NODE, f"--address={found.gcs}", "--num-cpus=1"):
+            await_nodes(found, 2)
+            yield found
+
+
+def await_nodes(cluster: Cluster, count: int) -> None:
+    headers = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+    deadline = time.monotonic() + 240
+    while True:
+        with contextlib.suppress(requests.RequestException, ValueError, KeyError):
+            answer = requests.get(f"{cluster.address}/nodes?view=summary", headers=headers, timeout=10).json()
+            if len([one for one in answer["data"]["summary"] if one["raylet"].get("state") == "ALIVE"]) >= count:
+                return
+        assert time.monotonic() < deadline, f"the cluster has no {count} nodes"
+        time.sleep(1)
 
 
 def ranksearch(*arguments: str, code: int = 0, **environment: str) -> str:
