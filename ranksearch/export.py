@@ -77,7 +77,7 @@ def _provenance(study: Study, trial: Trial) -> dict[str, Any]:
         "seed": space.seed,
         "data": space.data.model_dump(mode="json"),
         "batch_images": space.evaluation.batch_images,
-        "cpus_per_trial": space.resources.cpus_per_trial,
+        "cpus_per_trial": space.resources.threads,
         "gpus_per_trial": space.resources.gpus_per_trial,
         "evaluation": space.evaluation.model_dump(mode="json"),
         # A funnel run's history stays in the study.

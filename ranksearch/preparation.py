@@ -27,6 +27,7 @@ from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import content_hash, store
+from ranksearch.mirror import fetch, offer
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
 from ranksearch.prices import Map, Price, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
@@ -187,7 +188,7 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
     path = cache / "statistics" / f"{content_hash([images, outputs], text)}.safetensors"
     fields = tuple(Statistics.__dataclass_fields__)
     device = device_of(network.space)
-    if path.exists():
+    if path.exists() or fetch(path, cache):
         try:
             flat = load_file(path, device=str(device))
             return {name: Statistics(**{f: flat[f"{name}/{f}"] for f in fields}) for name in convs}
@@ -204,6 +205,7 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
 
     found = collect(network.model, convs, told())
     store({f"{name}/{f}": getattr(s, f) for name, s in found.items() for f in fields}, path)
+    offer(path, cache)
     return found
 
 
@@ -305,7 +307,7 @@ def _measured(
         torch.tensor(data.train.labels[: len(images)]),
         kind=kinds(space)[-1],
         prices=[cast(Price, space.strategy.price)],
-        threads=space.resources.cpus_per_trial,
+        threads=space.resources.threads,
         stabiliser=space.stabilise,
         cache=cache,
         map=map if macs >= _PARALLEL_MACS else builtins.map,

@@ -6,6 +6,7 @@ can be checked without the network and the data (types, ranges, unknown keys); `
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -243,12 +244,28 @@ class ResourcesSpec(Section):
     """``local``: in this process, one trial after the other. ``ray``: in parallel on Ray workers."""
     workers: Positive | None = None
     """Trials at once on Ray, as many as fit by default; with ``local`` the processes that measure prices."""
-    cpus_per_trial: Positive = 1
-    """CPU threads of a trial. Results depend on it in the last bits, so it does not follow the machine."""
+    cpus_per_trial: Annotated[int | float, Field(gt=0)] = 1
+    """CPUs of a trial, or a share of one; rounded up, its threads. Results depend on the threads in the last bits, so
+    they do not follow the machine."""
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
-    """Share of a GPU that a trial takes; 0 runs on the CPU."""
+    """Share of a GPU that a trial takes, of its memory too; 0 runs on the CPU. A trial that runs out of memory is tried
+    once more alone on its GPU, with all of it."""
+    memory_gb_per_trial: Annotated[float, Field(ge=0)] = 0.0
+    """Main memory that a trial takes, 2**30 bytes: no more trials start on a machine than fit. 0 counts none."""
+    labels: dict[str, str] = {}
+    """Labels that machines of a Ray cluster must have to run trials, as ``ray start --labels`` gave them."""
     address: str = "local"
-    """Ray cluster to run on; ``local`` starts one on this machine."""
+    """Ray cluster to run on; ``local`` starts one on this machine, ``auto`` joins that of this machine."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a trial."""
+        return max(1, ceil(self.cpus_per_trial))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Main memory that a trial takes."""
+        return round(self.memory_gb_per_trial * 2**30)
 
 
 class JobSpec(Section):

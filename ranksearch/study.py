@@ -224,8 +224,8 @@ class Study:
         complete = frozen.state == TrialState.COMPLETE
         return Trial(
             number=frozen.number,
-            index=attrs["index"],
-            attempt=attrs["attempt"],
+            index=int(attrs["index"]),
+            attempt=int(attrs["attempt"]),
             proposal=proposal,
             state=frozen.state.name,
             values=tuple(frozen.values) if complete else None,
