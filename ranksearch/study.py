@@ -222,13 +222,16 @@ class Study:
             settings=dict(attrs.get("settings", {})),
         )
         complete = frozen.state == TrialState.COMPLETE
+        values = tuple(map(float, frozen.values)) if complete else None
+        if values is not None and len(values) != len(self.space.objectives):
+            raise ValueError(f"trial {frozen.number} has {len(values)} values for {self.space.objectives}")
         return Trial(
             number=frozen.number,
             index=int(attrs["index"]),
             attempt=int(attrs["attempt"]),
             proposal=proposal,
             state=frozen.state.name,
-            values=tuple(frozen.values) if complete else None,
+            values=values,
             constraints=_by_name(frozen.constraints),
             outcome=Outcome.from_json(attrs["outcome"]) if complete else None,
             reason=attrs.get("reason"),

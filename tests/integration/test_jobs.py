@@ -173,3 +173,22 @@ def test_a_wrong_token_and_a_wrong_name(cluster: Cluster, tmp_path: Path) -> Non
     assert "there must be a job 'nosuch'" in ranksearch("logs", "-f", "nosuch", *to, code=2)
     nowhere = f"http://127.0.0.1:{free_port()}"
     assert f"job server at {nowhere} cannot be used" in ranksearch("jobs", "--address", nowhere, code=2)
+
+
+def test_doctor_looks_at_every_machine(cluster: Cluster, tmp_path: Path) -> None:
+    storage = tmp_path / "studies"
+    place = ("--address", cluster.gcs, "--storage", str(storage))
+    assert f"2 machines, all with the versions of this one, all share {storage}" in ranksearch("doctor", *place)
+    assert not storage.exists(), "nothing is left behind"
+
+    storage.mkdir()
+    other = f"mount -t tmpfs none {storage}"
+    if subprocess.run(["unshare", "--mount", "sh", "-c", other], capture_output=True, check=False).returncode:
+        pytest.skip("a machine that does not share the folder takes the right to mount")
+    node = " ".join([sys.executable, *NODE, f"--address={cluster.gcs}", "--num-cpus=1"])
+    launch = f"import os; os.execvp('unshare', ['unshare', '--mount', 'sh', '-c', '{other} && exec {node}'])"
+    with started("-c", launch):
+        await_nodes(cluster, 3)
+        printed = ranksearch("doctor", *place, code=1)
+    assert printed.count(f"does not share {storage}") == 1
+    assert "give a folder that all of them mount" in printed

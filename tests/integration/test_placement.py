@@ -11,9 +11,10 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -54,8 +55,10 @@ class Noting:
 
     folder: Path
     workers: int
+    weights: np.ndarray = field(default_factory=lambda: np.ones(200_000))
 
     def __call__(self) -> Callable[[Task], Outcome]:
+        assert not self.weights.flags.owndata, "one copy a machine, which all its workers read"
         place = f"{ray.get_runtime_context().get_node_id()}-{os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}"
         (self.folder / f"{place}-{os.getpid()}").touch()
         return self._evaluate

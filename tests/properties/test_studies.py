@@ -1,4 +1,4 @@
-"""Whatever a study's storage holds, reading it gives trials or an error of ours; the journal and the attributes alike."""
+"""Whatever a study's journal holds, reading it gives trials or an error of ours."""
 
 from __future__ import annotations
 
