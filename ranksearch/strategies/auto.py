@@ -29,10 +29,12 @@ from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.strategies.ladder import Ladder
 from ranksearch.strategies.learned import LearnedPrices
 from ranksearch.strategies.random import step_to_new
-from ranksearch.table import PREDICTED, PriceTable
+from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Signal, Trial
 
 NAME: Final = "auto"
+PRICE: Final = "second-order"
+"""Ranks the candidates as the measured divergence does, at a seventh of its time (benchmarks/price_measurement.py)."""
 PROMISE: Final = "promise"
 """The key of a proposal's note."""
 PROMISES: Final = 8
@@ -54,7 +56,7 @@ class Auto:
     objectives: tuple[str, ...]
     targets: tuple[float, ...] = ()
     max_macs_ratio: float = inf
-    price: str = PREDICTED
+    price: str = PRICE
     cost: Cost = "macs"
     """What the front is against: ``macs`` or ``params``."""
     first: int = 12

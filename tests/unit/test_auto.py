@@ -34,7 +34,7 @@ def accuracy(table: PriceTable, choices: tuple[int, ...], seed: int) -> float:
 
 def searched(name: str, table: PriceTable, trials: int, seed: int, terms: Terms) -> list[Trial]:
     """The trials of a search in batches of four."""
-    strategy = build_strategy(StrategySpec(name=name), terms)
+    strategy = build_strategy(StrategySpec(name=name, price=PREDICTED), terms)
     found: list[Trial] = []
     while len(found) < trials:
         batch: list[Trial] = []
@@ -111,7 +111,7 @@ def test_a_promise_falls_and_ends_the_search_where_it_is_small() -> None:
     assert after[12] is None
     early, middle, late = (after[n] or 0.0 for n in (24, 40, 80))
     assert early > middle > late >= 0
-    stopping = build_strategy(StrategySpec(name="auto", options={"min_gain": middle}), terms)
+    stopping = build_strategy(StrategySpec(name="auto", price=PREDICTED, options={"min_gain": middle}), terms)
     assert isinstance(stopping.propose(table, trials[:24]), Proposal)
     assert stopping.propose(table, trials) is DONE
 
@@ -125,7 +125,9 @@ def test_the_area_of_points_is_their_hypervolume(points: list[tuple[float, float
 
 def test_a_search_ends_when_every_rank_map_within_the_limit_was_tried() -> None:
     table = price_table(3, 4)
-    strategy = build_strategy(StrategySpec(name="auto"), Terms(seed=0, objectives=OBJECTIVES, max_macs_ratio=0.6))
+    strategy = build_strategy(
+        StrategySpec(name="auto", price=PREDICTED), Terms(seed=0, objectives=OBJECTIVES, max_macs_ratio=0.6)
+    )
     trials: list[Trial] = []
     while isinstance(proposal := strategy.propose(table, trials), Proposal):
         trials.append(complete(table, proposal, len(trials)))
