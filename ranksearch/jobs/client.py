@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -199,14 +200,13 @@ def _explained(address: str, id: str | None = None) -> Iterator[None]:
     except JobError:
         raise
     except Exception as error:
-        text = str(error)
-        if "uthenticat" in text or "401" in text or "403" in text:
+        if _status(error) in (401, 403):
             found = "none" if token() is None else "one that it does not accept"
             raise JobError(
                 f"the cluster at {address} must be given its token, found {found}. Print it on the head with "
                 "`ray get-auth-token`, and put it into ~/.ray/auth_token or RAY_AUTH_TOKEN here."
             ) from error
-        if id is not None and ("404" in text or "does not exist" in text):
+        if id is not None and _status(error) == 404:
             raise JobError(
                 f"there must be a job {id!r} at {address}. `ranksearch jobs` lists those there are."
             ) from error
@@ -214,6 +214,15 @@ def _explained(address: str, id: str | None = None) -> Iterator[None]:
             f"the job server at {address} cannot be used: {_reason(error)}. Check --address (http://HEAD:8265, or auto "
             "on the cluster's machines) and that the head runs with its dashboard; see `ranksearch doctor --address`."
         ) from error
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error tells of: Ray has it in its text, or in a type of its own, aiohttp in a field."""
+    if type(error).__name__ == "AuthenticationError":
+        return 401
+    told = re.search(r"status code (\d{3})", str(error))
+    found = getattr(error, "status", None)
+    return int(told[1]) if told else found if isinstance(found, int) else None
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ranksearch.secrecy import adopt
@@ -46,8 +45,11 @@ def kept(source: Path, folder: Path) -> Path:
                 copy = part / file.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-            with suppress(FileExistsError, OSError):  # another job may have been quicker
+            try:
                 part.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another job was quicker
+                    raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target
