@@ -10,6 +10,7 @@ Whatever bytes come, reading gives an object or an error of ours; anything else 
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,11 +24,16 @@ with atheris.instrument_imports(include=["ranksearch", "yaml"]):
     from ranksearch.rankmap import RankMap
     from ranksearch.storage import Store
     from ranksearch.trial import Proposal
+    from tests.properties.test_documents import DOCUMENT
     from tests.studies import setting_of, space_of
     from tests.tables import table_outcome
 
 
-def read_space(folder: Path) -> Callable[[bytes], None]:
+Reader = tuple[Callable[[bytes], None], bytes]
+"""Reads bytes; and valid ones to begin from."""
+
+
+def read_space(folder: Path) -> Reader:
     """Reads bytes as a space file."""
     path = folder / "space.yaml"
 
@@ -38,10 +44,10 @@ def read_space(folder: Path) -> Callable[[bytes], None]:
         except SpaceError:
             return
 
-    return read
+    return read, (Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml").read_bytes()
 
 
-def read_rank_map(folder: Path) -> Callable[[bytes], None]:
+def read_rank_map(folder: Path) -> Reader:
     """Reads bytes as a rank map."""
     path = folder / "map.json"
 
@@ -52,11 +58,11 @@ def read_rank_map(folder: Path) -> Callable[[bytes], None]:
         except RankMapError:
             return
 
-    return read
+    return read, json.dumps(DOCUMENT).encode()
 
 
-def read_study(folder: Path) -> Callable[[bytes], None]:
-    """Reads a study whose journal ends in the bytes, or has them in its middle."""
+def read_study(folder: Path) -> Reader:
+    """Reads a study whose journal has the bytes, but the first, behind as many lines as the first one says."""
     setting = setting_of(space_of())
     study = Store(folder).create("one", setting)
     trial = study.begin(Proposal(choices=tuple(0 for _ in setting.table.layers), origin="fuzz"), index=0)
@@ -72,7 +78,7 @@ def read_study(folder: Path) -> Callable[[bytes], None]:
         except RanksearchError:
             return
 
-    return read
+    return read, b"\x01" + intact[-1]
 
 
 READERS = {"space": read_space, "rankmap": read_rank_map, "study": read_study}
@@ -82,8 +88,10 @@ def main() -> None:
     """Fuzz until the time given is over."""
     if len(sys.argv) < 2 or sys.argv[1] not in READERS:
         raise SystemExit(f"name what is read: {', '.join(READERS)}")
-    with tempfile.TemporaryDirectory() as folder:
-        atheris.Setup([sys.argv[0], *sys.argv[2:]], READERS[sys.argv[1]](Path(folder)))
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as corpus:
+        read, seed = READERS[sys.argv[1]](Path(folder))
+        (Path(corpus) / "seed").write_bytes(seed)
+        atheris.Setup([sys.argv[0], *sys.argv[2:], corpus], read)
         atheris.Fuzz()
 
 
