@@ -23,6 +23,9 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross
 MARKERS = dict(zip(SYMBOLS, "osD^vP*Xp", strict=True))
 """Matplotlib's names of the symbols."""
 
+LEGEND: dict[str, Any] = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
+"""Plotly's legend: under the axes, which make room for it."""
+
 _INCHES, _DPI = (8.0, 5.0), 200
 _ROW_INCHES, _ROW_PX = 0.26, 24
 """Height that one row of bars or cells needs."""
@@ -121,11 +124,13 @@ def figure(picture: Picture) -> Figure:
         template="plotly_white",
         font={"size": 14},
         hovermode="closest",
-        legend={"orientation": "h", "y": -0.22, "yanchor": "top"},
+        legend=LEGEND,
         **({"height": max(450, 170 + _ROW_PX * len(picture.rows))} if picture.rows else {}),
     )
     drawn.update_xaxes(title=picture.x_title, automargin=True)
     drawn.update_yaxes(title=picture.y_title, automargin=True, **({"autorange": "reversed"} if picture.rows else {}))
+    if picture.cells is not None:
+        drawn.update_xaxes(type="category")  # else Plotly takes some names for dates
     if picture.ticks is not None:
         places, labels = picture.ticks
         drawn.update_xaxes(tickvals=list(places), ticktext=[label.replace("\n", "<br>") for label in labels])
@@ -162,7 +167,7 @@ def _trace(one: Series) -> dict[str, Any]:
 
 def _heatmap(cells: Cells) -> dict[str, Any]:
     return {
-        "x": [html.escape(name) for name in cells.columns],
+        "x": [html.escape(name).replace("\n", "<br>") for name in cells.columns],
         "y": [html.escape(name) for name in cells.rows],
         "z": [list(row) for row in cells.values],
         "text": [[html.escape(text) for text in row] for row in cells.texts],

@@ -92,6 +92,7 @@ class Study:
         self._storage = storage
         self._study_id = study_id
         self._ids: dict[int, int] = {}
+        self._written = json.dumps(setting.to_json())
 
     @property
     def space(self) -> Space:
@@ -200,6 +201,12 @@ class Study:
         self._storage.set_study_user_attr(self._study_id, "ranksearch", json.dumps(self.setting.to_json()))
 
     # Reading.
+
+    def reread(self) -> None:
+        """Take over the setting as a resume in another process may have changed it."""
+        written = str(self._storage.get_study_user_attrs(self._study_id)["ranksearch"])
+        if written != self._written:
+            self._written, self.setting = written, Setting.from_json(json.loads(written))
 
     def constraints(self, outcome: Outcome) -> dict[str, float]:
         """The budget's limits on an outcome, each kept where the value is at most 0."""

@@ -126,7 +126,7 @@ def test_ranks_are_a_column_a_point_of_the_front(storage: Path) -> None:
     front = study.front_trials()
     (cells,) = study.plot_ranks().data
     assert len(cells.x) == len(front)
-    assert cells.x[0].startswith(f"{front[0].number}\n")
+    assert cells.x[0].startswith(f"{front[0].number}<br>")
     picked = TABLE.picked(front[0].proposal.choices)
     assert [cells.z[i][0] for i in range(len(TABLE.layers))] == pytest.approx(
         [100 * picked[layer.name].macs / layer.conv.macs for layer in TABLE.layers]
