@@ -23,7 +23,7 @@ from ranksearch.pricing import Factors, Selection, decompose, price, select
 from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
 from ranksearch.space import Space
 from ranksearch.surgery import apply_rank_map, skeleton
-from ranksearch.table import PriceTable
+from ranksearch.table import DENSE, PriceTable
 from tests import oracles
 from tests.networks import SharedNet, SmallNet, small_images, small_net
 
