@@ -31,7 +31,7 @@ from ranksearch.trial import Trial
 HISTORY: Final = 500
 """Trials that are learned from at most, the newest."""
 LAYER_SPREAD: Final = 1.0
-FORMAT_SPREAD: Final = 0.5
+FORMAT_SPREAD: Final = 1.0
 """Standard deviations of a_l and c_f before any trial, as multiples of s."""
 BOLDNESS: Final = 0.3
 """What is drawn from the posterior lies as much nearer to its mean: with a few dozen trials for some twenty weights,
