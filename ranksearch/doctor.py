@@ -249,7 +249,7 @@ def _ray() -> Finding:
 
 def _jobs(address: str) -> Finding:
     jobs = JobServer(address).jobs()
-    found = f"{address} answers, {len(jobs)} jobs"
+    found = f"{address} answers, {len(jobs)} jobs; with --address auto on one of its machines all of them are checked"
     if address.startswith("http://") and _is_remote(address) and token() is not None:
         remedy = "The token travels in the clear: use https, or a tunnel (ssh -L 8265:127.0.0.1:8265 HEAD)."
         return Finding(check="jobs", state="warning", found=f"{found}, without encryption", remedy=remedy)
