@@ -63,6 +63,7 @@ COMMANDS = [
     "schema",
     "decompose",
     "compare",
+    "finetune",
 ]
 
 

@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ranksearch.decompositions import FORMATS, compressed_stages
 from ranksearch.deployment import TARGETS, deploy
 from ranksearch.deployment.target import Job
 from ranksearch.errors import ExportError
 from ranksearch.export import save_compressed
 from ranksearch.models import build_model
-from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
+from ranksearch.rankmap import RankMap
 from ranksearch.space import ModelSpec
-from ranksearch.surgery import apply_rank_map, count_macs, count_params, find_layers
+from ranksearch.surgery import apply_rank_map
+from tests.maps import rank_map_for
 from tests.networks import SmallNet, small_images
 
 SMALL = {
@@ -38,29 +38,6 @@ SMALL = {
     "tokens": ("svd", (3,)),
 }
 SUFFIXES = {name: target.suffix for name, target in TARGETS.items()}
-
-
-def rank_map_for(
-    name: str, model: nn.Module, shape: tuple[int, int, int], ranks: dict[str, tuple[str, tuple[int, ...]]], **more: Any
-) -> RankMap:
-    """A rank map with these formats and ranks."""
-    convs = {layer.name: layer.conv for layer in find_layers(model, shape)}
-    layers = {}
-    for layer, (form, chosen) in ranks.items():
-        stages = compressed_stages(FORMATS[form], convs[layer], chosen)
-        macs, params = sum(stage.macs for stage in stages), sum(stage.params for stage in stages)
-        layers[layer] = LayerRanks(format=form, ranks=chosen, conv=convs[layer].to_json(), macs=macs, params=params)
-    found = RankMap(
-        model=ModelRecord(name=name, input_shape=shape),
-        layers=layers,
-        macs=1,
-        params=1,
-        dense_macs=count_macs(model, shape),
-        dense_params=count_params(model),
-        **more,
-    )
-    compressed = apply_rank_map(found, model)
-    return found.model_copy(update={"macs": count_macs(compressed, shape), "params": count_params(compressed)})
 
 
 @pytest.fixture
