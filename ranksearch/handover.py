@@ -26,7 +26,7 @@ from ranksearch.latency import latency_ms
 from ranksearch.launch import rebuild
 from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import ModelRecord, RankMap
-from ranksearch.recorded import RECORDED, dense_network, load_recorded, read_pair, scoring_of, trained_here
+from ranksearch.recorded import RECORDED, Pair, dense_network, load_recorded, read_pair, scoring_of, trained_here
 from ranksearch.storage import Store
 from ranksearch.study import Study
 from ranksearch.surgery import apply_rank_map, channels_last, check_fits, count_macs, count_params
@@ -226,7 +226,11 @@ def compare(
     Raises:
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
-    pair = read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify)
+    return compare_pair(read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify), notify)
+
+
+def compare_pair(pair: Pair, notify: Notify = silent) -> Comparison:
+    """The same for networks that are read already, with images; they end on the device of the search."""
     rank_map, loaded = pair.rank_map, cast(Data, pair.data)
     count, batch_images, device = scoring_of(rank_map)
     measured = []

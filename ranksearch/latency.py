@@ -8,13 +8,11 @@ import time
 import torch
 from torch import nn
 
-from ranksearch.surgery import evaluating
+from ranksearch.surgery import Shape, evaluating
 
 
 @torch.no_grad()
-def latency_ms(
-    model: nn.Module, input_shape: tuple[int, int, int], *, batch_images: int = 1, seconds: float = 1.0
-) -> float:
+def latency_ms(model: nn.Module, input_shape: Shape, *, batch_images: int = 1, seconds: float = 1.0) -> float:
     """Median milliseconds of one forward pass of ``batch_images`` images, eager, channels-last, float32.
 
     Runs for about ``seconds``, at least five times after two warm-up passes, on the model's device with the threads
@@ -22,7 +20,9 @@ def latency_ms(
     """
     device = next(model.parameters()).device
     images = torch.randn((batch_images, *input_shape), generator=torch.Generator().manual_seed(0))
-    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    images = images.to(device)
+    if images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
     times: list[float] = []
     with evaluating(model):
         for _ in range(2):

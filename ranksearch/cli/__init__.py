@@ -53,6 +53,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     networks.decompose: "decompose --model resnet20 --weights dense.safetensors --layer layer3.0.conv2 --plot e.png",
     networks.apply: "apply rank_map.json --to onnx -o compressed.onnx",
     networks.evaluate: "evaluate rank_map.json",
+    networks.report: "report rank_map.json -o report.html",
     finetuning.finetune: "finetune rank_map.json --epochs 60 --baseline -o finetuned.json",
     studies.ui: "ui first --port 5001",
     searching.schema: "schema > space.schema.json",

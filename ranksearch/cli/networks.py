@@ -1,4 +1,4 @@
-"""Commands on a network, with a rank map or without: decompose, apply, evaluate."""
+"""Commands on a network, with a rank map or without: decompose, apply, evaluate, report."""
 
 from __future__ import annotations
 
@@ -209,3 +209,23 @@ def evaluate(
         say(f"The search recorded {percent(recorded)} %: {'the same' if same else 'not the same'}.")
     if not found.same_dense:
         say("The dense weights are not those that the map was searched with.", style="yellow", stderr=True)
+
+
+def report(
+    rank_map: Annotated[Path, typer.Argument(metavar="RANK_MAP.json|COMPRESSED.safetensors", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root."),
+    ] = "recorded",
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
+    storage: Storage = None,
+) -> None:
+    """Write one page: dense and compressed side by side, layer by layer, and what to expect."""
+    if output.suffix != ".html" or not output.resolve().parent.is_dir():
+        raise typer.BadParameter(f"--output must be an .html file in a folder that exists, found {output}")
+    from ranksearch.report import write_report
+
+    with Reporter() as reporter:
+        write_report(rank_map, output, data=data, weights=weights, storage=storage, notify=reporter.notify)
+    say(f"Written: {output}")

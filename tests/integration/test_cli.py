@@ -64,6 +64,7 @@ COMMANDS = [
     "decompose",
     "compare",
     "finetune",
+    "report",
 ]
 
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import random
 import time
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -111,28 +110,31 @@ def test_an_interrupted_one_ends_in_the_same_bits_and_in_one_run(rank_map: Path,
     assert runs[0].data.params["learning_rate"] == "0.05"
 
 
-def _child(rank_map: Path, output: Path, storage: Path, started: Event) -> None:
-    """A fine-tuning in a process of its own; ``started`` is set at its first step."""
+def _child(rank_map: Path, output: Path, storage: Path, started: Path) -> None:
+    """A fine-tuning in a process of its own; the file ``started`` is there from its first step on."""
     torch.set_num_threads(1)
 
     def notify(what: str, done: int, total: int) -> None:
         if what.startswith("fine-tuning"):
-            started.set()
+            started.touch()
 
     finetune(rank_map, output, spec=SPEC, ema_decay=0.99, storage=storage, notify=notify)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ten_kills_at_random_moments_change_no_bit(rank_map: Path, tmp_path: Path, storage: Path) -> None:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["ranksearch.finetuning"])
-    started = processes.Event()
+    started = tmp_path / "started"
 
     def begin(output: Path) -> Any:
-        started.clear()
+        started.unlink(missing_ok=True)
         child = processes.Process(target=_child, args=(rank_map, output, storage, started))
         child.start()
-        assert started.wait(120)
+        while not started.exists():
+            assert child.is_alive() or output.exists()
+            time.sleep(0.005)
         return child
 
     child, begun = begin(tmp_path / "whole.json"), time.perf_counter()
