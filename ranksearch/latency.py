@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ranksearch.surgery import Shape, evaluating
 
@@ -23,15 +25,24 @@ def latency_ms(model: nn.Module, input_shape: Shape, *, batch_images: int = 1, s
     images = images.to(device)
     if images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    times: list[float] = []
+
+    def run(images: Tensor) -> None:
+        model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     with evaluating(model):
-        for _ in range(2):
-            model(images)
-        ends = time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < ends:
-            started = time.perf_counter()
-            model(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append((time.perf_counter() - started) * 1e3)
+        return median_ms(run, images, seconds=seconds)
+
+
+def median_ms(run: Callable[[Tensor], Any], images: Tensor, *, seconds: float) -> float:
+    """Median milliseconds of ``run`` on ``images``, repeated likewise."""
+    times: list[float] = []
+    for _ in range(2):
+        run(images)
+    ends = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < ends:
+        started = time.perf_counter()
+        run(images)
+        times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)

@@ -98,8 +98,8 @@ def apply(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="safetensors, pt2 (torch.export), onnx, or python (a module that imports torch alone): a network that "
-            "runs, of the map's own weights where it has them, read back and compared, with a manifest.",
+            help="safetensors, pt2 (torch.export), onnx, onnx-int8, or python (a module that imports torch alone): a "
+            "network that runs, of the map's own weights where it has them, read back and compared, with a manifest.",
         ),
     ] = None,
     images: Annotated[
@@ -152,7 +152,10 @@ def apply(
         f"{percent(agreement.top1_agreement)} %, outputs within {agreement.max_difference:.2g}"
     )
     if agreement.accuracy is not None:
-        say(f"accuracy on these images: {percent(agreement.accuracy)} %")
+        before = percent(agreement.accuracy_before)
+        say(f"accuracy on these images: {percent(agreement.accuracy)} %, of the network it was made from {before} %")
+    times = ", ".join(f"{value:.3f} ms at batch {size}" for size, value in agreement.latency_ms.items())
+    say(f"latency: {times} ({agreement.threads} CPU thread{'s' if agreement.threads > 1 else ''})")
     for file in (*found.files, found.manifest):
         say(f"Written: {file}")
 

@@ -240,8 +240,9 @@ def test_a_bad_export_is_refused_and_leaves_nothing(network: str, to: str, messa
 @pytest.mark.parametrize(
     ("to", "name", "message"),
     [
-        ("tflite", "net.tflite", "exported to one of safetensors, pt2, onnx, python"),
+        ("tflite", "net.tflite", "exported to one of safetensors, pt2, onnx, onnx-int8, python"),
         ("onnx", "net.pt2", r"must end in \.onnx"),
+        ("onnx-int8", "net.onnx", "calibrated on images"),
         ("python", "my-net.py", "the name of one"),
         ("pt2", "nowhere/net.pt2", "a folder that exists"),
     ],
@@ -279,6 +280,11 @@ def test_resnet20_agrees_on_all_real_images(real_data: Path, tmp_path: Path) -> 
     bare, aware = tmp_path / "bare.json", tmp_path / "aware.safetensors"
     rank_map_for("resnet20", dense, shape, ranks, provenance={"data": recorded}).save(bare)
     deploy(bare, aware, to="safetensors", weights=weights, data="recorded")
+    half = deploy(aware, tmp_path / "int8.onnx", to="onnx-int8").agreement
+    assert half.top1_agreement >= 0.95
+    assert half.accuracy == pytest.approx(half.accuracy_before, abs=0.005)
+    kernels = [one for one in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(one.dims) == 4]
+    assert {one.data_type for one in kernels} == {onnx.TensorProto.INT8}
     accuracies = set()
     for to in ("pt2", "onnx", "python"):
         found = deploy(aware, tmp_path / f"network{SUFFIXES[to]}", to=to).agreement
