@@ -94,6 +94,7 @@ def choose(
     max_drop: float | None = None,
     knee_point: bool = False,
     trial: int | None = None,
+    trials: list[Trial] | None = None,
 ) -> Trial:
     """The trial that a rule picks; exactly one rule is given.
 
@@ -104,6 +105,7 @@ def choose(
         max_drop: the cheapest that loses at most so many percentage points.
         knee_point: the point of the front furthest below the line through its ends.
         trial: the trial of this number.
+        trials: those to pick from, where they have been read already; for all rules but the last the front will do.
 
     Accuracies are those on the search images: the report images choose nothing.
 
@@ -111,14 +113,15 @@ def choose(
         BudgetError: no trial fits; the message names the nearest.
     """
     if trial is not None:
-        found = next((t for t in study.trials() if t.number == trial), None)
+        known = study.trials() if trials is None else trials
+        found = next((t for t in known if t.number == trial), None)
         if found is None or found.state != "COMPLETE":
             state = "there is none" if found is None else f"its state is {found.state} ({found.reason})"
             raise BudgetError(
                 f"trial {trial} must be a complete trial of {study.name}: {state}. See `ranksearch trials`."
             )
         return found
-    front = study.front_trials()
+    front = study.front_trials(trials)
     if not front:
         raise BudgetError(
             f"the front of {study.name} has no point yet. See `ranksearch trials {study.name}` for reasons."

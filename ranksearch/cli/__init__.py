@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli import comparing, finetuning, networks, searching, studies
+from ranksearch.cli import comparing, finetuning, networks, searching, studies, watching
 from ranksearch.cli.options import complain
 from ranksearch.errors import BudgetError, ExportError, RanksearchError, RebuildError
 
@@ -55,6 +55,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     networks.evaluate: "evaluate rank_map.json",
     networks.report: "report rank_map.json -o report.html",
     finetuning.finetune: "finetune rank_map.json --epochs 60 --baseline -o finetuned.json",
+    watching.dashboard: "dashboard first",
     studies.ui: "ui first --port 5001",
     searching.schema: "schema > space.schema.json",
 }

@@ -24,6 +24,7 @@ from ranksearch.models import build_model
 from ranksearch.rankmap import RankMap
 from ranksearch.retraining import Retraining, Schedule
 from ranksearch.space import DataSpec, FineTuneSpec, ModelSpec, TrackingSpec
+from tests.killed import fine_tune_in_child
 from tests.maps import rank_map_for
 
 DATA = DataSpec(train_images=320, calibration_images=64, search_images=100, report_images=200, mean=[0.3], std=[0.4])
@@ -110,27 +111,16 @@ def test_an_interrupted_one_ends_in_the_same_bits_and_in_one_run(rank_map: Path,
     assert runs[0].data.params["learning_rate"] == "0.05"
 
 
-def _child(rank_map: Path, output: Path, storage: Path, started: Path) -> None:
-    """A fine-tuning in a process of its own; the file ``started`` is there from its first step on."""
-    torch.set_num_threads(1)
-
-    def notify(what: str, done: int, total: int) -> None:
-        if what.startswith("fine-tuning"):
-            started.touch()
-
-    finetune(rank_map, output, spec=SPEC, ema_decay=0.99, storage=storage, notify=notify)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_kills_at_random_moments_change_no_bit(rank_map: Path, tmp_path: Path, storage: Path) -> None:
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["ranksearch.finetuning"])
+    processes.set_forkserver_preload(["tests.killed", "sklearn.datasets"])
     started = tmp_path / "started"
 
     def begin(output: Path) -> Any:
         started.unlink(missing_ok=True)
-        child = processes.Process(target=_child, args=(rank_map, output, storage, started))
+        child = processes.Process(target=fine_tune_in_child, args=(rank_map, output, SPEC, storage, started))
         child.start()
         while not started.exists():
             assert child.is_alive() or output.exists()
