@@ -28,6 +28,7 @@ from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.recorded import (
     RECORDED,
+    Pair,
     check_factories,
     dense_network,
     load_recorded,
@@ -241,6 +242,11 @@ def compare(
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
     pair = read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify, trust=trust)
+    return compare_pair(pair, notify)
+
+
+def compare_pair(pair: Pair, notify: Notify = silent) -> Comparison:
+    """The same for networks that are read already, with images; they end on the device of the search."""
     rank_map, loaded = pair.rank_map, cast(Data, pair.data)
     count, batch_images, device = scoring_of(rank_map)
     measured = []

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli import checking, comparing, jobs, networks, searching, studies, watching
+from ranksearch.cli import checking, comparing, finetuning, jobs, networks, searching, studies, watching
 from ranksearch.cli.options import complain
 from ranksearch.errors import BudgetError, ExportError, RanksearchError, RebuildError
 
@@ -53,6 +53,8 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     networks.decompose: "decompose --model resnet20 --weights dense.safetensors --layer layer3.0.conv2 --plot e.png",
     networks.apply: "apply rank_map.json --to onnx -o compressed.onnx",
     networks.evaluate: "evaluate rank_map.json",
+    networks.report: "report rank_map.json -o report.html",
+    finetuning.finetune: "finetune rank_map.json --epochs 60 --baseline -o finetuned.json",
     watching.dashboard: "dashboard first",
     studies.ui: "ui first --port 5001",
     jobs.submit: "submit search_spaces/quickstart.yaml --address http://127.0.0.1:8265 --follow",

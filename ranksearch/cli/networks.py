@@ -1,4 +1,4 @@
-"""Commands on a network, with a rank map or without: decompose, apply, evaluate."""
+"""Commands on a network, with a rank map or without: decompose, apply, evaluate, report."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import AsJson, Storage, console, say
+from ranksearch.cli.options import AsJson, Storage, Trust, console, say
 from ranksearch.cli.progress import Reporter
 from ranksearch.cli.tables import comparison_table, decomposition_table, percent
 
 _MODEL = "Architecture, or a space file: its calibration images make the factors activation-aware."
 _DENSE = "The dense network's weights; those that the map records by default."
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Import and call the functions (package.module:function) that the map names.")
-]
 
 
 def decompose(
@@ -101,8 +98,8 @@ def apply(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="safetensors, pt2 (torch.export), onnx, or python (a module that imports torch alone): a network that "
-            "runs, of the map's own weights where it has them, read back and compared, with a manifest.",
+            help="safetensors, pt2 (torch.export), onnx, onnx-int8, or python (a module that imports torch alone): a "
+            "network that runs, of the map's own weights where it has them, read back and compared, with a manifest.",
         ),
     ] = None,
     images: Annotated[
@@ -157,7 +154,10 @@ def apply(
         f"{percent(agreement.top1_agreement)} %, outputs within {agreement.max_difference:.2g}"
     )
     if agreement.accuracy is not None:
-        say(f"accuracy on these images: {percent(agreement.accuracy)} %")
+        before = percent(agreement.accuracy_before)
+        say(f"accuracy on these images: {percent(agreement.accuracy)} %, of the network it was made from {before} %")
+    times = ", ".join(f"{value:.3f} ms at batch {size}" for size, value in agreement.latency_ms.items())
+    say(f"latency: {times} ({agreement.threads} CPU thread{'s' if agreement.threads > 1 else ''})")
     for file in (*found.files, found.manifest):
         say(f"Written: {file}")
 
@@ -229,3 +229,24 @@ def evaluate(
         say(f"The search recorded {percent(recorded)} %: {'the same' if same else 'not the same'}.")
     if not found.same_dense:
         say("The dense weights are not those that the map was searched with.", style="yellow", stderr=True)
+
+
+def report(
+    rank_map: Annotated[Path, typer.Argument(metavar="RANK_MAP.json|COMPRESSED.safetensors", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root."),
+    ] = "recorded",
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
+    trust: Trust = False,
+    storage: Storage = None,
+) -> None:
+    """Write one page: dense and compressed side by side, layer by layer, and what to expect."""
+    if output.suffix != ".html" or not output.resolve().parent.is_dir():
+        raise typer.BadParameter(f"--output must be an .html file in a folder that exists, found {output}")
+    from ranksearch.report import write_report
+
+    with Reporter() as reporter:
+        write_report(rank_map, output, data=data, weights=weights, trust=trust, storage=storage, notify=reporter.notify)
+    say(f"Written: {output}")

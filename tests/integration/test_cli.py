@@ -69,6 +69,8 @@ COMMANDS = [
     "logs",
     "stop",
     "doctor",
+    "finetune",
+    "report",
 ]
 
 
