@@ -258,6 +258,9 @@ class TrackingSpec(Section):
     uri: str | None = None
     """A tracking server or database; a SQLite file beside the studies by default."""
     experiment: str = "ranksearch"
+    max_runs: Positive = 1000
+    """Trials from this number on get a run of their own only where they were on the front when they ended; the table
+    among the artifacts has all of them."""
 
 
 class Space(Section):

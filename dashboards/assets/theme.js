@@ -12,3 +12,12 @@ window.ranksearchTheme = function (clicks) {
   if (chosen) root.dataset.theme = chosen;
   return root.dataset.theme || "";
 };
+
+// Dash calls a group of radio buttons a list box, without a name: a screen reader is told what it is.
+new MutationObserver(function () {
+  for (const group of document.querySelectorAll(".dash-radioitems[role=listbox]")) {
+    const legend = group.closest("fieldset")?.querySelector("legend");
+    group.setAttribute("role", "radiogroup");
+    if (legend) group.setAttribute("aria-label", legend.textContent);
+  }
+}).observe(document.documentElement, { childList: true, subtree: true });

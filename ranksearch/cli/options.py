@@ -25,6 +25,9 @@ Storage = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJsonLines = Annotated[
+    bool, typer.Option("--json", help="Print one line of JSON for each trial, and one with the front at the end.")
+]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
