@@ -160,6 +160,7 @@ def ui(
     if not spec.enabled:
         raise TrackingError(f"the study {name} was not tracked (tracking.enabled: false): MLflow has nothing of it.")
     from ranksearch.tracking.store import shown, store_uri, ui_command
+    from ranksearch.tracking.story import front_page
 
     command, environment = ui_command(spec, folder=store.folder, port=port)
     if not command:
@@ -168,7 +169,10 @@ def ui(
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise TrackingError(f"port {port} must be free, something answers there. Give another with --port.")
-    say(f"MLflow: http://127.0.0.1:{port}  experiment: {spec.experiment}  run: {name}  (Ctrl-C ends it)")
+    front_of_study = front_page(spec, store.folder, name)
+    say(
+        f"MLflow: http://127.0.0.1:{port}{front_of_study}  experiment: {spec.experiment}  run: {name}  (Ctrl-C ends it)"
+    )
     sys.stdout.flush()
     raise typer.Exit(_serve(command, environment))
 

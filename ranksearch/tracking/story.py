@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from math import isnan
+from pathlib import Path
 
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
+from ranksearch.space import TrackingSpec
 from ranksearch.study import Study
+from ranksearch.tracking.store import connect, explained, store_uri
 from ranksearch.trial import Trial
 
 COLUMNS = (
@@ -23,6 +26,8 @@ COLUMNS = (
     "tags.`reason`",
 )
 """Of the experiment's page, in this order."""
+_SHARED = "mlflow.sharedViewState."
+"""What the experiment's tags with states of its page begin with."""
 _ROWS = 12
 """Points of the front in a description: it holds 5,000 characters."""
 
@@ -30,6 +35,25 @@ _ROWS = 12
 def view_key(study: str) -> str:
     """What the address of the experiment's page names, so that it opens with :func:`view_state`."""
     return "front-" + hashlib.sha256(study.encode()).hexdigest()[:16]
+
+
+def view_tag(study: str) -> tuple[str, str]:
+    """The experiment's tag that holds :func:`view_state`."""
+    return _SHARED + view_key(study), view_state(study)
+
+
+def front_page(spec: TrackingSpec, folder: Path, study: str) -> str:
+    """The address below MLflow's own at which the experiment's page opens on this study's front; empty without one.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    uri = store_uri(spec, folder)
+    with explained(uri):
+        client, experiment = connect(uri, spec.experiment, folder)
+        tags = client.get_experiment(experiment).tags
+    key = view_key(study)
+    return f"/#/experiments/{experiment}/runs?viewStateShareKey={key}" if _SHARED + key in tags else ""
 
 
 def view_state(study: str) -> str:

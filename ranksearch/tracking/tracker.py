@@ -80,7 +80,7 @@ class Tracker:
 
     def __init__(self, spec: TrackingSpec, *, folder: Path, pauses_s: Sequence[float] = (0.5, 2.0)) -> None:
         self.uri = store_uri(spec, folder)
-        self._monitor: SystemMetricsMonitor | None = None
+        self._monitor: Any = None
         """Logs processors, memory and GPUs of this machine, every ten seconds."""
         self._parent = ""
         self._study = ""
@@ -123,7 +123,7 @@ class Tracker:
             documents: file name to text, or to JSON types: artifacts of the run.
             study_id: tells studies of the same name on one server apart; the name itself by default.
             inputs: data sets of the run.
-            view: key and value of a state of the experiment's page that its address can name.
+            view: tag of the experiment and its value.
 
         Raises:
             TrackingError: the store cannot be read or written.
@@ -152,10 +152,9 @@ class Tracker:
             self._log(self._parent, params=fresh, tags={**tags, **changed})
             self._upload(documents)
             if view is not None:
-                key, state = view
-                self._client.set_experiment_tag(self._experiment, f"mlflow.sharedViewState.{key}", state)
-        self._monitor = SystemMetricsMonitor(self._parent, resume_logging=bool(known), tracking_uri=self.uri)
-        self._monitor.start()
+                self._client.set_experiment_tag(self._experiment, *view)
+        self._end_monitor()
+        self._monitor = _monitor(self._parent, self.uri, resumed=bool(known))
 
     def sync(self, trials: Iterable[TrialRecord]) -> None:
         """Write the finished trials that have no complete run, and end the runs that a killed driver left open."""
@@ -362,6 +361,13 @@ class Tracker:
 
     def _tag(self, run_id: str, key: str, value: str, _again: bool) -> None:
         self._client.set_tag(run_id, key, value)
+
+
+def _monitor(run_id: str, uri: str, *, resumed: bool) -> Any:
+    """MLflow's own monitor of this machine, running."""
+    monitor: Any = SystemMetricsMonitor(run_id, resume_logging=resumed, tracking_uri=uri)  # type: ignore[no-untyped-call]
+    monitor.start()
+    return monitor
 
 
 def _short(tags: Mapping[str, str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ranksearch.strategies import DEFAULT_SAMPLERS
 from ranksearch.study import Study
 from ranksearch.table import DENSE, PriceTable
 from ranksearch.tracking.store import shown
-from ranksearch.tracking.story import about, about_trial, inputs, view_key, view_state
+from ranksearch.tracking.story import about, about_trial, inputs, view_tag
 from ranksearch.tracking.tracker import NOTE, Tracker, TrialRecord
 from ranksearch.trial import Trial
 
@@ -73,7 +73,7 @@ class View:
                 NOTE: about(study),
             },
             inputs=inputs(study),
-            view=(view_key(study.name), view_state(study.name)),
+            view=view_tag(study.name),
             documents={
                 "space.json": _shown(space),
                 "price_table.json": study.setting.table.to_json(),
