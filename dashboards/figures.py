@@ -5,7 +5,6 @@ They are transparent and leave text to the page, whose style knows day and night
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -122,5 +121,5 @@ def described(trial: Trial, dense: Mapping[str, float]) -> str:
     share = 100 * outcome.macs / dense["macs"]
     return (
         f"accuracy {report}{100 * outcome.accuracy_search:.2f} % (search images); {outcome.macs / 1e9:.4g} GMACs, "
-        f"{share:.1f} % of dense; {outcome.params:,} parameters; proposed by {html.escape(trial.proposal.origin)}"
+        f"{share:.1f} % of dense; {outcome.params:,} parameters; proposed by {trial.proposal.origin}"
     )

@@ -161,7 +161,7 @@ def _gated(trial: Trial) -> bool:
 
 
 def _pictures(study: Study, trials: list[Trial], front: list[Trial]) -> dict[str, bytes | str]:
-    """Pictures of the search, each as a page and as a PNG."""
+    """Pictures of the search, each as a PNG, and all on one page."""
     drawn = {
         "hypervolume": hypervolume_picture({study.name: study.course(trials)}),
         "hypervolume_over_time": hypervolume_picture({study.name: study.course(trials)}, "time"),
@@ -174,7 +174,7 @@ def _pictures(study: Study, trials: list[Trial], front: list[Trial]) -> dict[str
     if runs := [t for t in front if _gated(t)]:
         drawn["gates"] = gates_picture(runs[0])
     files: dict[str, bytes | str] = {f"pictures/{name}.png": png(picture) for name, picture in drawn.items()}
-    return files | {f"pictures/{name}.html": page(picture) for name, picture in drawn.items()}
+    return files | {"pictures.html": page(*drawn.values())}
 
 
 def _params(trial: Trial, table: PriceTable) -> dict[str, str]:
