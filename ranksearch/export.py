@@ -175,7 +175,7 @@ def save_compressed(
     bare = rank_map.model_copy(update={"weights": None})
     try:
         store(state, weights, {_METADATA: bare.model_dump_json()})
-        digest = _file_hash(weights)
+        digest = file_hash(weights)
     except (OSError, SafetensorError) as error:
         raise RankMapError(
             f"cannot write the weights {weights}: {error}. Check the folder and the space left."
@@ -201,7 +201,7 @@ def read_compressed(path: Path) -> tuple[RankMap, Path | None]:
             raise RankMapError(
                 f"the weights {weights} that {path} names must exist. Bring them along, or export again."
             )
-        if _file_hash(weights) != rank_map.weights.sha256:
+        if file_hash(weights) != rank_map.weights.sha256:
             raise RankMapError(
                 f"the weights {weights} must be those that {path} names, their hash differs. Export again."
             )
@@ -231,6 +231,7 @@ def load_compressed(rank_map: RankMap, dense: nn.Module, weights: Path) -> nn.Mo
     return model.eval()
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,6 +30,7 @@ from ranksearch.errors import RanksearchError
 
 if TYPE_CHECKING:
     from ranksearch.study import Study
+    from ranksearch.trial import Trial
 
 
 def inspect(
@@ -169,9 +170,17 @@ def _conclude(study: Study, storage: str | None, as_json: bool) -> None:
         typer.echo(json.dumps({**told, "front": records(study.front(trials))}, allow_nan=False))
         return
     console().print(front_table(study))
-    say(f"\nStudy {study.name}: {len(complete)} trials done, {len(failed)} failed. Go on with:")
+    say(f"\nStudy {study.name}: {len(complete)} trials done, {len(failed)} failed.{_outlook(trials)} Go on with:")
     for command in _next_commands(study, storage):
         say(f"  {command}")
+
+
+def _outlook(trials: list[Trial]) -> str:
+    """What more trials would bring, where the strategy has said."""
+    from ranksearch.strategies.auto import promise
+
+    left = promise(trials)
+    return "" if left is None else f" More would enlarge the hypervolume by about {left:.1%} at most."
 
 
 def _next_commands(study: Study, storage: str | None) -> list[str]:
