@@ -252,7 +252,7 @@ def _picture(kind: str, shown: Snapshot, others: Sequence[Snapshot], chosen: Map
         return pictures.sensitivity_picture(setting.table)
     if kind == "importance":
         return pictures.importance_picture(shown.study.importance(), "accuracy")
-    runs = [*points, *(t for t in shown.trials.values() if t.proposal.funnel and t.state == "COMPLETE")]
+    runs = [t for t in (*points, *shown.trials.values()) if t.proposal.funnel and t.outcome is not None]
     if not runs:
         raise ValueError("Gates are those of funnel runs, and this study has none that is complete.")
     return pictures.gates_picture(runs[0])

@@ -147,6 +147,7 @@ def text(page: Any, selector: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_live_search_is_followed_by_keyboard_by_day_and_by_night(storage: Path, tmp_path: Path) -> None:
     study = begun("live", 12)
     begun("other", 10)
@@ -193,6 +194,7 @@ def test_a_live_search_is_followed_by_keyboard_by_day_and_by_night(storage: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_telephone_at_night_shows_the_page_without_scrolling_sideways(storage: Path) -> None:
     begun("small", 15)
     with (
@@ -210,6 +212,7 @@ def test_a_telephone_at_night_shows_the_page_without_scrolling_sideways(storage:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_map_exported_from_the_page_is_applied_to_the_network(storage: Path, repository: Path) -> None:
     study = search(
         repository / "search_spaces" / "quickstart.yaml",

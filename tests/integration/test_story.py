@@ -113,6 +113,7 @@ def test_a_study_that_is_not_tracked_cannot_be_published(storage: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_published_network_answers_as_the_exported_one(storage: Path, tmp_path: Path, repository: Path) -> None:
     space = repository / "search_spaces" / "quickstart.yaml"
     study = search(space, settings=["budget.trials=4"], name="served")
