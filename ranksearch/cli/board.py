@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -34,6 +33,7 @@ class Board:
         self._failures: Counter[str] = Counter()
         self._front: list[Trial] = []
         self.take(*study.trials())
+        self._ends.clear()  # what was tried before says nothing of the present rate
 
     def take(self, *trials: Trial) -> None:
         """Hear of trials; those that still run are left out."""
@@ -44,7 +44,7 @@ class Board:
                 self._done.add(trial.index)
             if trial.outcome is None:
                 self._failures[trial.reason or "unknown"] += 1
-            self._ends.append(time.monotonic())
+            self._ends.append(trial.end_ms / 1000)
         feasible = [trial for trial in trials if trial.feasible]
         if feasible:
             self._front = self._study.front_trials(sorted([*self._front, *feasible], key=lambda t: t.number))
@@ -52,7 +52,7 @@ class Board:
     @property
     def per_second(self) -> float:
         """Trials that end in a second, over the last ones; 0 where that cannot be said."""
-        taken = self._ends[-1] - self._ends[0] if len(self._ends) > 1 else 0.0
+        taken = max(self._ends) - min(self._ends) if self._ends else 0.0
         return (len(self._ends) - 1) / taken if taken > 0 else 0.0
 
     def best(self) -> list[tuple[float, float, int] | tuple[float, None, None]]:

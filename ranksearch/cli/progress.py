@@ -26,7 +26,6 @@ class Reporter:
         """How many trials have ended."""
         self.study: str | None = None
         """Name of the study, once it is settled."""
-        self._failed = 0
         self._console = console(stderr=True)
         self._stage = ""
         self._heading = ""
@@ -65,7 +64,7 @@ class Reporter:
     def began(self, study: str, number: int, total: int) -> None:
         """Hear which search of how many comes next."""
         self.study, self._heading = study, f"{number}/{total} {study}: "
-        self._failed, self._stage, self._board = 0, "", None
+        self._stage, self._board = "", None
         if self._bars is None and not self._quiet:
             self._console.print(f"search {number} of {total}: {study}", soft_wrap=True)
 
@@ -81,9 +80,8 @@ class Reporter:
     def watch(self, study: Study, trial: Trial) -> None:
         """Say what came of a trial."""
         self.trials += 1
-        outcome, ratio = trial.outcome, 0.0
+        outcome = trial.outcome
         if outcome is None:
-            self._failed += 1
             line = f"failed: {trial.reason}"
         else:
             ratio = outcome.macs / study.setting.dense["macs"]

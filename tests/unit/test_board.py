@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,10 @@ def trials_of(study: Study, count: int) -> list[Trial]:
 def test_the_board_has_the_progress_the_best_at_the_targets_and_the_reason_of_failures(storage: Path) -> None:
     study = Store().create("seen", setting_of(space_of(budget={"trials": 20, "targets": [0.9, 0.6, 0.01]})))
     board = Board(study)
-    for trial in trials_of(study, 12):
-        board.take(trial)
+    ended = trials_of(study, 12)
+    for i, trial in enumerate(ended):
+        board.take(replace(trial, end_ms=1_000_000 + 500 * i))
+    assert board.per_second == pytest.approx(2.0)
     for share, accuracy, number in board.best():
         if share == 0.01:
             assert (accuracy, number) == (None, None)
@@ -49,7 +52,9 @@ def test_the_board_has_the_progress_the_best_at_the_targets_and_the_reason_of_fa
     assert "seen: 12/20" in shown
     assert "1 failed, 1 of them: spoilt" in shown
     assert shown.count("o") >= len(study.front_trials()) > 1
-    assert Board(study).best() == board.best(), "a resume begins where the study is"
+    resumed = Board(study)
+    assert resumed.best() == board.best(), "a resume begins where the study is"
+    assert resumed.per_second == 0.0
 
 
 def test_a_front_is_drawn_at_its_places() -> None:
