@@ -297,6 +297,9 @@ class TrackingSpec(Section):
     """A tracking server or database; a SQLite file beside the studies by default. A password is written ``${NAME}``,
     and read from that environment variable whenever a connection is made."""
     experiment: str = "ranksearch"
+    max_runs: Positive = 1000
+    """Trials from this number on get a run of their own only where they were on the front when they ended; the table
+    among the artifacts has all of them."""
 
 
 class Space(Section):

@@ -50,6 +50,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     studies.trials: "trials first --json",
     studies.front: "front first --html front.html",
     studies.export: "export first --max-macs-ratio 0.5 -o rank_map.json --save-weights compressed.safetensors",
+    studies.publish: "publish first --knee --alias champion",
     networks.decompose: "decompose --model resnet20 --weights dense.safetensors --layer layer3.0.conv2 --plot e.png",
     networks.apply: "apply rank_map.json --to onnx -o compressed.onnx",
     networks.evaluate: "evaluate rank_map.json",

@@ -27,6 +27,9 @@ Storage = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJsonLines = Annotated[
+    bool, typer.Option("--json", help="Print one line of JSON for each trial, and one with the front at the end.")
+]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Import and call the functions (package.module:function) that the map names.")

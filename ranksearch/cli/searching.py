@@ -13,9 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ranksearch.cli.options import AsJson, Quiet, Settings, SpaceFile, Storage, StudyName, complain, console, say
+from ranksearch.cli.options import (
+    AsJson,
+    AsJsonLines,
+    Quiet,
+    Settings,
+    SpaceFile,
+    Storage,
+    StudyName,
+    complain,
+    console,
+    say,
+)
 from ranksearch.cli.progress import Reporter
-from ranksearch.cli.tables import front_table, inspection, layers_table, percent
+from ranksearch.cli.tables import front_table, inspection, layers_table, percent, records
 from ranksearch.errors import RanksearchError
 from ranksearch.secrecy import redacted
 
@@ -71,13 +82,14 @@ def search(
     ] = False,
     storage: Storage = None,
     quiet: Quiet = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Search the ranks of a network; ends with the front and the commands to go on."""
     if go_on and (known := _known(space, settings or (), study, storage)) is not None:
         name, trials = known
-        resume(name, trials=trials, storage=storage, quiet=quiet)
+        resume(name, trials=trials, storage=storage, quiet=quiet, as_json=as_json)
         return
-    with _driving(storage, quiet) as reporter:
+    with _driving(storage, quiet, as_json) as reporter:
         from ranksearch.launch import search as run
 
         found = run(
@@ -89,7 +101,7 @@ def search(
             named=reporter.named,
             watch=reporter.watch,
         )
-    _conclude(found, storage)
+    _conclude(found, storage, as_json)
 
 
 def resume(
@@ -99,17 +111,18 @@ def resume(
     ] = None,
     storage: Storage = None,
     quiet: Quiet = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Continue a stopped or killed search; with a larger --trials, extend a finished one."""
-    with _driving(storage, quiet) as reporter:
+    with _driving(storage, quiet, as_json) as reporter:
         from ranksearch.launch import resume as run
 
         reporter.named(name)
         found = run(name, storage=storage, trials=trials, notify=reporter.notify, watch=reporter.watch)
-    if not reporter.trials:
+    if not reporter.trials and not as_json:
         made = len({trial.index for trial in found.trials()})
         say(f"Nothing to do: {made} proposals are made already. Ask for more with --trials.\n")
-    _conclude(found, storage)
+    _conclude(found, storage, as_json)
 
 
 def schema() -> None:
@@ -130,9 +143,9 @@ def _known(space: Path, settings: Sequence[str], study: str | None, storage: str
 
 
 @contextmanager
-def _driving(storage: str | None, quiet: bool) -> Iterator[Reporter]:
+def _driving(storage: str | None, quiet: bool, as_json: bool) -> Iterator[Reporter]:
     """Show progress; turn Ctrl-C and what stops a running search into exit codes."""
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet, as_json=as_json)
     try:
         with reporter:
             yield reporter
@@ -145,7 +158,7 @@ def _driving(storage: str | None, quiet: bool) -> Iterator[Reporter]:
         else:
             study = Store(storage).open(name)
             complete = sum(trial.state == "COMPLETE" for trial in study.trials())
-            if complete:
+            if complete and not as_json:
                 console().print(front_table(study))
             say(f"Interrupted: {complete} of {study.space.budget.trials} trials are done.", style="yellow", stderr=True)
             say(f"Go on with: ranksearch resume {name}{_place(storage)}", stderr=True)
@@ -158,7 +171,7 @@ def _driving(storage: str | None, quiet: bool) -> Iterator[Reporter]:
         raise typer.Exit(1) from None
 
 
-def _conclude(study: Study, storage: str | None) -> None:
+def _conclude(study: Study, storage: str | None, as_json: bool) -> None:
     """The front, and what can be done with it; exit code 1 where it is empty."""
     trials = study.trials()
     failed = [trial for trial in trials if trial.state == "FAIL"]
@@ -171,6 +184,10 @@ def _conclude(study: Study, storage: str | None) -> None:
         limits = study.space.budget.model_dump(include={"max_macs_ratio", "max_drop"}, exclude_none=True)
         complain(f"none of {len(complete)} trials of {study.name} is within the budget's limits {limits}.")
         raise typer.Exit(1)
+    if as_json:
+        told = {"event": "end", "study": study.name, "done": len(complete), "failed": len(failed)}
+        typer.echo(json.dumps({**told, "front": records(study.front(trials))}, allow_nan=False))
+        return
     console().print(front_table(study))
     say(f"\nStudy {study.name}: {len(complete)} trials done, {len(failed)} failed.{_outlook(trials)} Go on with:")
     for command in _next_commands(study, storage):
@@ -188,6 +205,7 @@ def _outlook(trials: list[Trial]) -> str:
 def _next_commands(study: Study, storage: str | None) -> list[str]:
     name, place = study.name, _place(storage)
     commands = [
+        *([f"ranksearch dashboard {name}{place}"] if find_spec("dash") else []),
         f"ranksearch front {name} --html front.html{place}",
         f"ranksearch export {name} --knee -o rank_map.json --save-weights compressed.safetensors{place}",
         f"ranksearch evaluate rank_map.json{' --trust' if _calls_factories(study) else ''}{place}",

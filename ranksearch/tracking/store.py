@@ -59,6 +59,8 @@ def connect(uri: str, experiment: str, folder: Path) -> tuple[MlflowClient, str]
     """A client, and the id of the experiment, which is created if need be."""
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It says that it starts and stops; what it cannot write is missed by nobody.
+    logging.getLogger("mlflow.system_metrics.system_metrics_monitor").setLevel(logging.CRITICAL)
     location = None
     if uri.startswith(_SERVERS):
         # MLflow's own patience is several minutes a request; the writer comes back later anyway.
