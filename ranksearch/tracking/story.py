@@ -67,7 +67,7 @@ def view_state(study: str) -> str:
             "lifecycleFilter": "Active",
             "modelVersionFilter": "All Runs",
             "datasetsFilter": [],
-            "selectedColumns": ["attributes.`Source`", *COLUMNS],
+            "selectedColumns": list(COLUMNS),
             "viewMaximized": True,
         }
     )
