@@ -79,6 +79,7 @@ def finetune(
     device: Device = "auto",
     data: str = RECORDED,
     weights: Path | None = None,
+    trust: bool = False,
     tracking: TrackingSpec | None = None,
     storage: str | Path | None = None,
     notify: Notify = silent,
@@ -100,6 +101,7 @@ def finetune(
         device: ``auto`` takes a GPU where there is one.
         data: ``"recorded"`` by the map's search, a space file, or a folder that replaces the recorded root.
         weights: of the dense network; those the map records by default.
+        trust: whether functions that the map alone names are imported and called.
         tracking: the MLflow store; None tracks nothing.
         storage: where the cache and the default store are.
         notify: told what is being done.
@@ -111,7 +113,7 @@ def finetune(
     """
     _check_output(output, file)
     where = Store(storage)
-    pair = read_pair(file, data=data, weights=weights, cache=where.cache, notify=notify)
+    pair = read_pair(file, data=data, weights=weights, cache=where.cache, notify=notify, trust=trust)
     images, rank_map = cast(Data, pair.data), pair.rank_map
     if not steps_of(spec, len(images.train)):
         raise ModelError("a fine-tuning makes at least one step, found epochs 0. Give --epochs.")

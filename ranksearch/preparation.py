@@ -28,6 +28,7 @@ from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyE
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import content_hash, store
 from ranksearch.measurement import ONWARD, PRICES
+from ranksearch.mirror import fetch, offer
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
 from ranksearch.prices import Map, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
@@ -191,7 +192,7 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
     path = cache / "statistics" / f"{content_hash([images, outputs], text)}.safetensors"
     fields = tuple(Statistics.__dataclass_fields__)
     device = device_of(network.space)
-    if path.exists():
+    if path.exists() or fetch(path, cache):
         try:
             flat = load_file(path, device=str(device))
             return {name: Statistics(**{f: flat[f"{name}/{f}"] for f in fields}) for name in convs}
@@ -208,6 +209,7 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
 
     found = collect(network.model, convs, told())
     store({f"{name}/{f}": getattr(s, f) for name, s in found.items() for f in fields}, path)
+    offer(path, cache)
     return found
 
 
@@ -318,7 +320,7 @@ def _measured(
         kind=kinds(space)[-1],
         prices=[price for price in PRICES if price in prices],
         batch_images=max(1, min(_PRICE_BATCH, _PRICE_BATCH_VALUES // images[0].size)),
-        threads=space.resources.cpus_per_trial,
+        threads=space.resources.threads,
         stabiliser=space.stabilise,
         cache=cache,
         map=map if macs >= _PARALLEL_MACS else builtins.map,

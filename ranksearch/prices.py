@@ -39,6 +39,7 @@ from ranksearch.errors import DataError
 from ranksearch.evaluation import reproducible
 from ranksearch.factors import content_hash, store
 from ranksearch.measurement import PRICES, WITH_LABELS, Measurement, Price, share
+from ranksearch.mirror import fetch, offer
 from ranksearch.pricing import Factors
 from ranksearch.space import StabiliseSpec
 from ranksearch.surgery import evaluating
@@ -104,6 +105,9 @@ def measure(
     if cache is not None:
         about = _about(dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {threads} {seed} {stabiliser}")
         keys = {x.name: cache / "prices" / f"{_key(x, factors, kind, about)}.safetensors" for x in table.layers}
+        for path in keys.values():
+            if not path.exists():
+                fetch(path, cache)
     found = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
     missing = [layer for layer in table.layers if found[layer.name] is None]
     if missing:
@@ -125,6 +129,7 @@ def measure(
             found[layer] = values
             if layer in keys:
                 store({"prices": values}, keys[layer])
+                offer(keys[layer], cast(Path, cache))
     return {
         name: [dict(zip(chosen, row, strict=True)) for row in cast(Tensor, values).tolist()]
         for name, values in found.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ranksearch.cli.options import AsJson, Quiet, Storage, console, say
+from ranksearch.cli.options import AsJson, Quiet, Storage, Trust, console, say
 from ranksearch.cli.progress import Reporter
 from ranksearch.cli.tables import percent, table
 
@@ -63,6 +63,7 @@ def finetune(
     ] = None,
     no_tracking: Annotated[bool, typer.Option("--no-tracking", help="Write no MLflow run.")] = False,
     as_json: AsJson = False,
+    trust: Trust = False,
     storage: Storage = None,
     quiet: Quiet = False,
 ) -> None:
@@ -93,6 +94,7 @@ def finetune(
             device=device,  # type: ignore[arg-type]
             data=data,
             weights=weights,
+            trust=trust,
             tracking=None if no_tracking else TrackingSpec(uri=tracking_uri, experiment=experiment),
             storage=storage,
             notify=reporter.notify,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import AsJson, Storage, console, say
+from ranksearch.cli.options import AsJson, Storage, Trust, console, say
 from ranksearch.cli.progress import Reporter
 from ranksearch.cli.tables import comparison_table, decomposition_table, percent
 
@@ -118,6 +118,7 @@ def apply(
             help="Calibration images: decompose afresh, with activation-aware factors; weight-only without.",
         ),
     ] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
@@ -125,7 +126,7 @@ def apply(
     if to is None:
         if images is not None or as_json:
             raise typer.BadParameter("--images and --json go with --to")
-        _decomposed(rank_map, output, model=model, weights=weights, data=data, storage=storage)
+        _decomposed(rank_map, output, model=model, weights=weights, data=data, storage=storage, trust=trust)
         return
     from ranksearch.deployment import deploy
 
@@ -139,6 +140,7 @@ def apply(
             weights=weights,
             data=data,
             storage=storage,
+            trust=trust,
             notify=reporter.notify,
         )
     if as_json:
@@ -161,14 +163,28 @@ def apply(
 
 
 def _decomposed(
-    rank_map: Path, output: Path, *, model: str | None, weights: Path | None, data: str | None, storage: str | None
+    rank_map: Path,
+    output: Path,
+    *,
+    model: str | None,
+    weights: Path | None,
+    data: str | None,
+    storage: str | None,
+    trust: bool,
 ) -> None:
     """Compressed weights, decomposed afresh."""
     from ranksearch.handover import compress
 
     with Reporter() as reporter:
         found = compress(
-            rank_map, output, model=model, weights=weights, data=data, storage=storage, notify=reporter.notify
+            rank_map,
+            output,
+            model=model,
+            weights=weights,
+            data=data,
+            storage=storage,
+            trust=trust,
+            notify=reporter.notify,
         )
     factors = found.provenance["applied_afresh"]
     say(f"{factors} factors: {percent(found.macs_ratio, 1)} % of the MACs, {found.params:,} parameters")
@@ -182,6 +198,7 @@ def evaluate(
         typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root."),
     ] = "recorded",
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
@@ -189,7 +206,7 @@ def evaluate(
     from ranksearch.handover import compare
 
     with Reporter() as reporter:
-        found = compare(compressed, data=data, weights=weights, storage=storage, notify=reporter.notify)
+        found = compare(compressed, data=data, weights=weights, storage=storage, trust=trust, notify=reporter.notify)
     recorded = found.rank_map.metrics.get("accuracy")
     if as_json:
         report = {
@@ -222,6 +239,7 @@ def report(
         typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root."),
     ] = "recorded",
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
+    trust: Trust = False,
     storage: Storage = None,
 ) -> None:
     """Write one page: dense and compressed side by side, layer by layer, and what to expect."""
@@ -230,5 +248,5 @@ def report(
     from ranksearch.report import write_report
 
     with Reporter() as reporter:
-        write_report(rank_map, output, data=data, weights=weights, storage=storage, notify=reporter.notify)
+        write_report(rank_map, output, data=data, weights=weights, trust=trust, storage=storage, notify=reporter.notify)
     say(f"Written: {output}")

@@ -33,7 +33,7 @@ from ranksearch.latency import median_ms
 from ranksearch.models import build_model
 from ranksearch.preparation import Notify, silent, versions
 from ranksearch.rankmap import RankMap
-from ranksearch.recorded import RECORDED, load_recorded, scoring_of
+from ranksearch.recorded import RECORDED, check_factories, load_recorded, scoring_of
 from ranksearch.space import ModelSpec
 from ranksearch.storage import Store
 from ranksearch.surgery import count_macs, count_params, run_one
@@ -103,6 +103,7 @@ def deploy(
     weights: Path | None = None,
     data: str | None = None,
     storage: str | Path | None = None,
+    trust: bool = False,
     notify: Notify = silent,
 ) -> Deployed:
     """Write the compressed network of a rank map in a format that other programs run, with a manifest beside it.
@@ -120,6 +121,7 @@ def deploy(
         weights: of the dense network.
         data: calibration images for activation-aware factors.
         storage: where the cache is.
+        trust: whether functions that the map alone names are imported and called.
         notify: told what is being done.
 
     Raises:
@@ -128,16 +130,18 @@ def deploy(
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
     target = _target(to, output)
+    source = images or data or RECORDED
+    if not trust:
+        check_factories(read_compressed(file)[0], model=model, data=None if source == NOISE else source)
     with tempfile.TemporaryDirectory() as folder:
         if data is not None or model is not None or read_compressed(file)[1] is None:
             afresh = Path(folder) / "afresh.safetensors"
-            compress(file, afresh, model=model, weights=weights, data=data, storage=storage, notify=notify)
+            compress(file, afresh, model=model, weights=weights, data=data, storage=storage, trust=trust, notify=notify)
             file = afresh
         rank_map, stored = read_compressed(file)
         structure = build_model(ModelSpec(name=rank_map.model.name, options=rank_map.model.options), weights=None)
         network = load_compressed(rank_map, structure, cast(Path, stored))
     _check_outputs(run_one(network, rank_map.model.input_shape), rank_map)
-    source = images or data or RECORDED
     loaded = None if source == NOISE else load_recorded(rank_map, source, Store(storage).cache, notify)
     job = Job(
         rank_map=rank_map.model_copy(update={"weights": None}),

@@ -42,6 +42,7 @@ def write_report(
     *,
     data: str = RECORDED,
     weights: Path | None = None,
+    trust: bool = False,
     storage: str | Path | None = None,
     notify: Notify = silent,
 ) -> None:
@@ -52,13 +53,14 @@ def write_report(
         output: the page.
         data: ``"recorded"`` by the map's search, a space file, or a folder that replaces the recorded root.
         weights: of the dense network; those the map records by default.
+        trust: whether functions that the map alone names are imported and called.
         storage: where the cache is.
         notify: told what is being done.
 
     Raises:
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
-    pair = read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify)
+    pair = read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify, trust=trust)
     compared = compare_pair(pair, notify)
     with reproducible(compared.threads):
         batches = _batches(cast(Data, pair.data), pair.rank_map)

@@ -86,7 +86,7 @@ def test_an_export_runs_by_itself(to: str, stored: tuple[Path, nn.Module], tmp_p
     file, network = stored
     target = tmp_path / "exports" / f"exported{SUFFIXES[to]}"
     target.parent.mkdir()
-    found = deploy(file, target, to=to, images="noise")
+    found = deploy(file, target, to=to, images="noise", trust=True)
     images = small_images(5)
     with torch.no_grad():
         torch.testing.assert_close(outputs_of(to, target, images), network(images), rtol=1e-5, atol=1e-5)
@@ -108,7 +108,7 @@ def test_an_export_runs_by_itself(to: str, stored: tuple[Path, nn.Module], tmp_p
 def test_safetensors_carry_the_map_and_the_very_weights(stored: tuple[Path, nn.Module], tmp_path: Path) -> None:
     file, _ = stored
     target = tmp_path / "again.safetensors"
-    found = deploy(file, target, to="safetensors", images="noise")
+    found = deploy(file, target, to="safetensors", images="noise", trust=True)
     assert target.read_bytes() == file.read_bytes()
     assert found.agreement.max_difference == 0.0
 
@@ -118,13 +118,13 @@ def test_a_map_without_weights_is_decomposed_first(tmp_path: Path) -> None:
     weights, bare = tmp_path / "dense.safetensors", tmp_path / "bare.json"
     save_file(dense.state_dict(), weights)
     rank_map_for("tests.networks:SmallNet", dense, SmallNet.shape, SMALL).save(bare)
-    found = deploy(bare, tmp_path / "fresh.pt2", to="pt2", images="noise", weights=weights)
+    found = deploy(bare, tmp_path / "fresh.pt2", to="pt2", images="noise", trust=True, weights=weights)
     assert found.rank_map.provenance["applied_afresh"] == "weight-only"
 
 
 def test_a_python_module_imports_torch_alone(stored: tuple[Path, nn.Module], tmp_path: Path) -> None:
     target = tmp_path / "network.py"
-    deploy(stored[0], target, to="python", images="noise")
+    deploy(stored[0], target, to="python", images="noise", trust=True)
     imported = set()
     for node in ast.walk(ast.parse(target.read_text())):
         if isinstance(node, ast.Import):
@@ -233,7 +233,7 @@ def test_a_bad_export_is_refused_and_leaves_nothing(network: str, to: str, messa
     file = tmp_path / "compressed.safetensors"
     save_compressed(apply_rank_map(rank_map, dense).state_dict(), rank_map, file)
     with pytest.raises(ExportError, match=message):
-        deploy(file, tmp_path / f"bad{SUFFIXES[to]}", to=to, images="noise")
+        deploy(file, tmp_path / f"bad{SUFFIXES[to]}", to=to, images="noise", trust=True)
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -252,7 +252,7 @@ def test_wrong_names_are_refused(
 ) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ExportError, match=message):
-        deploy(stored[0], tmp_path / name, to=to, images="noise")
+        deploy(stored[0], tmp_path / name, to=to, images="noise", trust=True)
     assert sorted(tmp_path.iterdir()) == before
 
 
