@@ -48,7 +48,11 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     made = plain(picture)
     if len(drawn) < len(dominated):
         made["data"][0]["name"] = f"Dominated (accuracy on search images), {len(drawn)} of {len(dominated):,} drawn"
-    marks = [_mark(letter, trial) for letter, number in marked.items() if (trial := shown.trials.get(number))]
+    marks = [
+        _mark(letter, trial, on_front=number in front)
+        for letter, number in marked.items()
+        if (trial := shown.trials.get(number))
+    ]
     made["layout"]["annotations"] = [*made["layout"].get("annotations", ()), *marks]
     made["layout"]["uirevision"] = study.name  # the reader's zoom outlives an update
     return made
@@ -72,9 +76,10 @@ def thinned(trials: Sequence[Trial], dense_macs: float, limit: int = DRAWN) -> l
     return [trials[i] for i in sorted(first)]
 
 
-def _mark(letter: str, trial: Trial) -> dict[str, Any]:
+def _mark(letter: str, trial: Trial, *, on_front: bool) -> dict[str, Any]:
+    """A letter at the trial's dot: the front is drawn by the report images, all else by the search images."""
     outcome = outcome_of(trial)
-    accuracy = outcome.accuracy_search if outcome.accuracy is None else outcome.accuracy
+    accuracy = outcome.accuracy if on_front and outcome.accuracy is not None else outcome.accuracy_search
     return {
         "x": outcome.macs / 1e9,
         "y": 100 * accuracy,

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -122,6 +123,24 @@ def test_few_of_many_dominated_trials_are_drawn_and_each_left_out_is_near_one(st
     drawn = front_of(shown, (), {"A": shown.front[0].number})
     assert len(drawn["data"][0]["x"]) == len(dominated)
     assert drawn["layout"]["annotations"][-1]["text"] == "<b>A</b>"
+
+
+def test_a_mark_is_where_its_dot_is(storage: Path) -> None:
+    study = Store().create("marked", setting_of(space_of()))
+    for index in range(12):  # all are scored on the report images, which say less than the search images
+        proposal = RANDOM.propose(TABLE, study.trials())
+        assert isinstance(proposal, Proposal)
+        outcome = proposal_outcome(TABLE, proposal)
+        outcome = replace(outcome, accuracy=outcome.accuracy_search - 0.05, report_images=1000)
+        study.finish(study.begin(proposal, index=index), outcome)
+    shown = Feed(study).snapshot
+    front = {t.number for t in shown.front}
+    for number in shown.trials:
+        drawn = front_of(shown, (), {"A": number})
+        trace, mark = drawn["data"][number in front], drawn["layout"]["annotations"][-1]
+        dots = dict(zip(trace["customdata"], zip(trace["x"], trace["y"], strict=True), strict=True))
+        assert (mark["x"], mark["y"]) == pytest.approx(dots[number])
+    assert 0 < len(front) < len(shown.trials)
 
 
 def test_only_this_machine_is_answered_and_nothing_can_be_framed(storage: Path) -> None:
