@@ -28,7 +28,7 @@ RULES = {
     "max_drop": "cheapest that loses at most … points",
     "trial": "the trial of number …",
 }
-_STATES = {"running": "running", "finished": "finished", "stopped": "not running"}
+_STATES = {"running": "running", "finished": "finished", "stopped": "not running", "unknown": "unknown"}
 _GRAPH: Any = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
@@ -140,7 +140,7 @@ def progress(shown: Snapshot, problem: str) -> list[Any]:
     volume = f"hypervolume {shown.course[-1].hypervolume:.4f}" if shown.course else ""
     workers = f" of {count}" if (count := shown.study.space.resources.workers) else ""
     tiles = [
-        ("State", _STATES[shown.state], f"{shown.study.setting.model.name}, {shown.study.space.strategy.name}"),
+        ("State", _STATES[shown.state], _about(shown)),
         ("Trials", f"{shown.done:,} of {total:,}", f"{100 * shown.done / total:.0f} %"),
         ("Rate", _rate(shown.per_minute), "over the last trials"),
         ("Time left", "-" if left is None else _minutes(left), "at this rate"),
@@ -152,6 +152,12 @@ def progress(shown: Snapshot, problem: str) -> list[Any]:
     bar = html.Progress(value=str(shown.done), max=str(total), **_label("Trials done"))
     parts = [html.Dl([_tile(*tile) for tile in tiles], className="tiles"), bar]
     return [*parts, html.P(problem, className="problem", role="alert")] if problem else parts
+
+
+def _about(shown: Snapshot) -> str:
+    if shown.state == "unknown":
+        return "driven from elsewhere, and silent: at work or killed"
+    return f"{shown.study.setting.model.name}, {shown.study.space.strategy.name}"
 
 
 def _tile(name: str, value: str, note: str) -> html.Div:

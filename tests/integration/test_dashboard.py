@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import pytest
 
 pytest.importorskip("dash", reason="needs Dash: pip install 'ranksearch[dashboard]'")
 
-from dashboards.feed import Feed
+from dashboards.feed import Feed, _judged
 from dashboards.figures import DRAWN, front_of, thinned
 from dashboards.server import feeds_of, serving
 from ranksearch.cli import main
@@ -100,6 +102,52 @@ def test_a_feed_follows_the_study_and_never_writes(storage: Path) -> None:
     feed.refresh()
     assert feed.snapshot.total == 60
     assert journal.read_bytes().startswith(before), "only the driver has written"
+
+
+def test_a_search_of_another_machine_is_judged_by_its_trials(storage: Path) -> None:
+    study = begun("away", 3, total=4)
+    lock = study.folder / "driver.lock"
+    for holder in ("12 on elsewhere", "12 on elsewhere since 2026-01-01 00:00:00 UTC"):
+        lock.write_text(holder, encoding="utf-8")
+        assert Feed(study).snapshot.state == "running", "a trial has just ended"
+    now = time.time() * 1000
+    ended = study.trials()
+    assert _judged(ended, now + 3_600_000) == "stopped"
+    running = study.begin(Proposal(choices=TABLE.dense, origin="test"), index=3)
+    assert _judged([*ended, running], now) == "running"
+    assert _judged([*ended, running], now + 3_600_000) == "unknown"
+    slow = [replace(one, start_ms=one.end_ms - 3_000_000) for one in ended]
+    assert _judged([*slow, running], now + 3_600_000) == "running", "its trials take as long as this"
+    study.finish(running, proposal_outcome(TABLE, running.proposal))
+    copy = Feed(study)
+    assert copy.snapshot.state == "finished", "whatever the lock of a copied store says"
+    lock.write_text(f"12 on {os.uname().nodename}", encoding="utf-8")
+    study.extend(9)
+    copy.refresh()
+    assert copy.snapshot.state == "stopped", "nobody holds the lock that this machine left"
+
+
+def test_a_search_in_a_database_may_be_driven_from_elsewhere(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the files of a database's studies are
+    monkeypatch.setenv("RANKSEARCH_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
+    study = begun("shared", 1)
+    study.begin(Proposal(choices=TABLE.dense, origin="test"), index=1)
+    assert Feed(study).snapshot.state == "running"
+
+
+def test_the_rate_is_that_of_the_present_driver(storage: Path) -> None:
+    study = begun("resumed", 5)
+    study.begin(Proposal(choices=TABLE.dense, origin="test"), index=5)  # left by a driver that was killed
+    time.sleep(0.5)
+    with study.driving():
+        study.recover()
+        time.sleep(0.5)  # the network is prepared again
+        before = len(study.trials())
+        go_on(study, 4)
+        ends = [trial.end_ms for trial in study.trials()[before:]]
+        assert Feed(study).snapshot.per_minute == pytest.approx(60_000 * 3 / (ends[-1] - ends[0]))
 
 
 def test_a_half_written_line_is_left_to_its_driver(storage: Path) -> None:
