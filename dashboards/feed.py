@@ -1,6 +1,7 @@
 """What the dashboard knows of one study: read again and again by a thread, only what is new each time.
 
-The page never waits for the storage: it shows the last :class:`Snapshot`, a value that nobody changes.
+The page never waits for the storage: it shows the last :class:`Snapshot`, and asks its study only for what follows
+from the trials in it.
 """
 
 from __future__ import annotations

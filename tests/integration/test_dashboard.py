@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("dash", reason="needs Dash: pip install 'ranksearch[dashboard]'")
 
+from dashboards.app import _others, _picture
 from dashboards.feed import Feed, _judged
 from dashboards.figures import DRAWN, front_of, thinned
 from dashboards.server import feeds_of, serving
@@ -191,6 +192,32 @@ def test_a_mark_is_where_its_dot_is(storage: Path) -> None:
     assert 0 < len(front) < len(shown.trials)
 
 
+def test_importance_is_of_the_first_objective_and_of_the_trials_that_were_read(storage: Path) -> None:
+    study = Store().create("other", setting_of(space_of(objectives=["loss", "macs"])))
+    go_on(study, 30)
+    expected = study.importance("loss")
+    shown = Feed(study).snapshot
+    del study._storage  # a page that is drawn never reads it
+    drawn = _picture("importance", shown, (), {})
+    assert "the loss" in drawn.title
+    assert dict(zip(drawn.series[0].y, drawn.series[0].x, strict=True)) == pytest.approx(
+        {name: 100 * share for name, share in expected.items()}
+    )
+
+
+def test_only_studies_of_the_same_weights_and_data_are_drawn_together(storage: Path) -> None:
+    whole = setting_of(space_of())
+    stranger = replace(whole, model=whole.model.model_copy(update={"weights_sha256": "1"}))
+    studies = {
+        "this": whole,
+        "same": setting_of(space_of(seed=5)),
+        "weights": stranger,
+        "images": replace(whole, data_digest="2"),
+    }
+    feeds = {name: Feed(Store().create(name, setting)) for name, setting in studies.items()}
+    assert [one.study.name for one in _others(feeds["this"].snapshot, feeds)] == ["same"]
+
+
 def test_only_this_machine_is_answered_and_nothing_can_be_framed(storage: Path) -> None:
     begun("alone", 3)
     with served("alone") as url:
@@ -207,6 +234,15 @@ def test_studies_that_are_not_there_or_too_many_are_refused(storage: Path) -> No
         pass
     with pytest.raises(StudyError, match="at most 7"), feeds_of(Store(), [f"s{i}" for i in range(8)]):
         pass
+
+
+_PLACE = """([x, y]) => {
+    const graph = document.querySelector('#front .js-plotly-plot');
+    graph.scrollIntoView({block: 'center'});
+    const {left, top} = graph.getBoundingClientRect(), {xaxis, yaxis} = graph._fullLayout;
+    return {x: left + xaxis._offset + xaxis.l2p(x), y: top + yaxis._offset + yaxis.l2p(y)};
+}"""
+"""Where a point of the front's picture is on the screen."""
 
 
 def text(page: Any, selector: str) -> str:
@@ -239,6 +275,18 @@ def test_a_live_search_is_followed_by_keyboard_by_day_and_by_night(storage: Path
         knee = study.rank_map(knee=True).provenance["trial"]
         page.wait_for_function(f"document.querySelector('#details').innerText.includes('B: trial {knee}.')")
         assert page.locator("#details tbody tr").count() == len(TABLE.layers)
+        # On the picture: the same point becomes A and then B.
+        end = study.front_trials()[-1]
+        assert end.outcome is not None
+        place = page.evaluate(_PLACE, [end.outcome.macs / 1e9, 100 * float(study.front()["accuracy"].iloc[-1])])
+        for slot in ("A", "B"):
+            page.click(f"#slot >> text=point {slot}")
+            page.mouse.move(place["x"] - 1, place["y"])
+            page.mouse.click(place["x"], place["y"])
+            said = f"{slot}: trial {end.number}."
+            page.wait_for_function(f"document.querySelector('#details').innerText.includes('{said}')")
+        page.click("#pick")
+        page.wait_for_function(f"document.querySelector('#details').innerText.includes('B: trial {knee}.')")
         page.click("#rule >> text=% of the MACs")
         page.fill("#amount", "0.1")
         page.click("#pick")
