@@ -34,7 +34,7 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     """
     front = {trial.number for trial in shown.front}
     dominated = [t for t in shown.trials.values() if t.state == "COMPLETE" and t.number not in front]
-    drawn = thinned(dominated, shown.study.setting.dense["macs"])
+    drawn = thinned(dominated)
     study, line = shown.study, list(shown.front)
     trials = study.trials_frame(sorted([*drawn, *line], key=lambda t: t.number))
     picture = front_picture(
@@ -58,14 +58,14 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     return made
 
 
-def thinned(trials: Sequence[Trial], dense_macs: float, limit: int = DRAWN) -> list[Trial]:
+def thinned(trials: Sequence[Trial], limit: int = DRAWN) -> list[Trial]:
     """At most ``limit`` of the trials, so that each one left out lies near one that is drawn.
 
     One is kept of each cell of a grid over accuracy and MACs, which is made coarser until few enough are left.
     """
     if len(trials) <= limit:
         return list(trials)
-    places = np.array([(outcome_of(t).macs / dense_macs, outcome_of(t).accuracy_search) for t in trials])
+    places = np.array([(outcome_of(t).macs, outcome_of(t).accuracy_search) for t in trials])
     low, high = places.min(axis=0), places.max(axis=0)
     scaled = (places - low) / np.maximum(high - low, 1e-12)
     cells, first = 96, list(range(len(trials)))

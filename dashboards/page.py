@@ -10,7 +10,7 @@ from dash import dcc, html
 
 from dashboards.feed import Snapshot, outcome_of
 from ranksearch.composition import LayerShare, composition
-from ranksearch.trial import Trial, interval
+from ranksearch.trial import Trial, best_within, interval
 
 PICTURES = {
     "hypervolume": "Hypervolume",
@@ -184,10 +184,9 @@ def _longest(shown: Snapshot) -> str:
 
 
 def _best(shown: Snapshot, share: float, dense: Mapping[str, float]) -> tuple[str, str]:
-    within = [t for t in shown.front if outcome_of(t).macs <= share * dense["macs"]]
-    if not within:
+    best = best_within(shown.front, share * dense["macs"])
+    if best is None:
         return "-", "no point of the front yet"
-    best = max(within, key=lambda t: outcome_of(t).accuracy_search)
     return f"{100 * outcome_of(best).accuracy_search:.2f} %", f"trial {best.number}, search images"
 
 

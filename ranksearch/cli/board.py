@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ranksearch.trial import RECENT, ends_per_second
+from ranksearch.trial import RECENT, best_within, ends_per_second
 
 if TYPE_CHECKING:
     from ranksearch.study import Study
@@ -59,9 +59,11 @@ class Board:
         dense = self._study.setting.dense["macs"]
         found: list[tuple[float, float, int] | tuple[float, None, None]] = []
         for share in self._study.space.budget.targets or _SHARES:
-            scored = [(t.outcome, t.number) for t in self._front if t.outcome is not None]
-            within = [(outcome.accuracy_search, number) for outcome, number in scored if outcome.macs <= share * dense]
-            found.append((share, *max(within)) if within else (share, None, None))
+            best = best_within(self._front, share * dense)
+            if best is None or best.outcome is None:
+                found.append((share, None, None))
+            else:
+                found.append((share, best.outcome.accuracy_search, best.number))
         return found
 
     def render(self) -> RenderableType:

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("dash", reason="needs Dash: pip install 'ranksearch[dashboard]'")
@@ -160,18 +161,31 @@ def test_a_half_written_line_is_left_to_its_driver(storage: Path) -> None:
     assert journal.read_bytes() == before
 
 
-def test_few_of_many_dominated_trials_are_drawn_and_each_left_out_is_near_one(storage: Path) -> None:
+def test_few_of_many_dominated_trials_are_drawn(storage: Path) -> None:
     feed = Feed(begun("many", 40))
     shown = feed.snapshot
     dominated = [t for t in shown.trials.values() if t.outcome and t not in shown.front]
-    assert thinned(dominated, 1.0) == dominated
-    few = thinned(dominated, 1.0, limit=12)
+    assert thinned(dominated) == dominated
+    few = thinned(dominated, limit=12)
     assert 2 <= len(few) <= 12 < len(dominated)
     assert set(map(id, few)) <= set(map(id, dominated))
     assert len(dominated) < DRAWN
     drawn = front_of(shown, (), {"A": shown.front[0].number})
     assert len(drawn["data"][0]["x"]) == len(dominated)
     assert drawn["layout"]["annotations"][-1]["text"] == "<b>A</b>"
+
+
+def test_each_trial_that_is_left_out_is_near_one_that_is_drawn(storage: Path) -> None:
+    places = np.random.default_rng(0).uniform(0, 0.1, (400, 2))
+    places[-1] = 1, 1  # far from all others, and the last
+    first = begun("base", 1).trials()[0]
+    assert first.outcome is not None
+    outcomes = [replace(first.outcome, macs=int(1e6 * x), accuracy_search=float(y)) for x, y in places]
+    trials = [replace(first, number=i, outcome=outcome) for i, outcome in enumerate(outcomes)]
+    kept = [t.number for t in thinned(trials, limit=30)]
+    assert len(kept) <= 30
+    apart = np.abs(places[:, None] - places[kept]).max(axis=2).min(axis=1)
+    assert apart.max() <= 1 / 5 + 1e-6, "a grid of five by five cells has fewer than thirty"
 
 
 def test_a_mark_is_where_its_dot_is(storage: Path) -> None:
