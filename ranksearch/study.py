@@ -341,10 +341,14 @@ class Study:
             points.append(Progress(trials=len(points) + 1, end_ms=trial.end_ms, hypervolume=value))
         return points
 
-    def importance(self, of: str = "accuracy") -> dict[str, float]:
+    def importance(self, of: str = "accuracy", trials: list[Trial] | None = None) -> dict[str, float]:
         """How much each layer's choice decides whether an objective is among the best tenth: shares of 1, by layer.
 
         It is Optuna's PED-ANOVA, of the complete trials but funnel runs; empty where fewer than ten are there.
+
+        Args:
+            of: the objective.
+            trials: those to judge by, where they have been read already.
 
         Raises:
             ValueError: the search has no such objective.
@@ -357,11 +361,10 @@ class Study:
             raise ValueError(f"importance is of one of the objectives {', '.join(objectives)}, found {of!r}.")
         at = [str(name) for name in objectives].index(of)
         whole = optuna.create_study(direction="maximize" if of in MAXIMISED else "minimize")
-        for frozen in self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.COMPLETE,)):
-            if len(frozen.params) == len(self.setting.table.layers) and not frozen.user_attrs.get("settings"):
-                whole.add_trial(
-                    create_trial(params=frozen.params, distributions=frozen.distributions, value=frozen.values[at])
-                )
+        for trial in self.trials() if trials is None else trials:
+            if trial.values is not None and not trial.proposal.funnel:
+                params, distributions = _parameters(trial.proposal, self.setting.table)
+                whole.add_trial(create_trial(params=params, distributions=distributions, value=trial.values[at]))
         if len(whole.trials) < 10:
             return {}
         with warnings.catch_warnings():
@@ -371,9 +374,18 @@ class Study:
     # Pictures, as interactive Plotly figures.
 
     def plot_front(self, *baselines: Study) -> Figure:
-        """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies."""
+        """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies.
+
+        Raises:
+            StudyError: another study is of other weights or other data.
+        """
         from ranksearch.plots import front_figure
 
+        if strangers := [study.name for study in baselines if not self.setting.comparable(study.setting)]:
+            raise StudyError(
+                f"fronts on the same axes must be of the same network and data as {self.name}, found "
+                f"{', '.join(strangers)} of other weights or images. Draw those apart."
+            )
         trials = self.trials()
         return front_figure(
             self.trials_frame(trials),
