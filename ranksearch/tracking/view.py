@@ -28,7 +28,6 @@ from ranksearch.tracking.story import about, about_trial, inputs, view_tag
 from ranksearch.tracking.tracker import NOTE, Tracker, TrialRecord
 from ranksearch.trial import Trial
 
-
 _logger = logging.getLogger("ranksearch")
 
 
