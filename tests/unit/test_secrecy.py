@@ -92,6 +92,16 @@ def test_a_study_keeps_the_name_of_a_secret_not_its_value(monkeypatch: pytest.Mo
     assert Setting.from_json(json.loads(written)).space.tracking.uri == uri, "it is read where the variable is not set"
 
 
+def test_declared_secrets_and_urls_with_a_password_keep_their_names_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", SECRET)
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://me:{SECRET}@host/db")
+    monkeypatch.setenv("WIDTH", "12")
+    options = {"k": "${MY_KEY}", "u": "${DATABASE_URL}", "w": "${WIDTH}"}
+    space = parse_space({"model": {"name": "own:net", "options": options}, "job": {"secrets": ["MY_KEY"]}})
+    assert space.model.options == {**options, "w": "12"}
+    assert filled(space.model.options["k"]) == SECRET
+
+
 def test_a_secret_that_is_not_set_is_a_problem() -> None:
     with pytest.raises(SpaceError, match=r"\$\.tracking\.uri: an environment variable must be set.*Set NO_SUCH_PW"):
         parse_space({"model": {"name": "resnet20"}, "tracking": {"uri": "http://me:${NO_SUCH_PW}@host"}})
