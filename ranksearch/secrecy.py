@@ -29,8 +29,8 @@ _NAMED_VALUE = re.compile(
 )
 _BEARER = re.compile(r"(?i)\bbearer\s+[\w.~+/=-]{6,}")
 _MASK = "***"
-_SHORTEST = 6
-"""Characters of a variable's value that is masked wherever it stands; shorter ones would mask plain words."""
+SHORTEST = 6
+"""Characters of a secret that is looked for wherever it may stand; shorter ones would be found in plain words."""
 
 
 def looks_secret(name: str) -> bool:
@@ -46,7 +46,7 @@ def redacted(text: str, environment: Mapping[str, str] | None = None) -> str:
         environment: whose secret variables are masked; that of the process by default.
     """
     found = os.environ if environment is None else environment
-    values = {value for name, value in found.items() if looks_secret(name) and len(value) >= _SHORTEST}
+    values = {value for name, value in found.items() if looks_secret(name) and len(value) >= SHORTEST}
     # A file's path is named after what it holds, as RAY_AUTH_TOKEN_PATH; paths are no secrets.
     for value in sorted((v for v in values if not v.startswith("/")), key=len, reverse=True):
         text = text.replace(value, _MASK)
