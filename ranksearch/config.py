@@ -22,6 +22,8 @@ from ranksearch.space import Space
 
 _FILLED_LATE = ("$.tracking.uri",)
 """Where variables are filled in by the one that connects: the study keeps the name."""
+_FILLED = ("$.tracking.uri", "$.model.options.", "$.data.options.", "$.job.environment.")
+"""Where a variable that is kept by its name is filled in when it is used; anywhere else the name would be the value."""
 
 _UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What PyYAML raises; values that contradict their tag (``!!int x``, ``!!timestamp x``) give Python's own errors."""
@@ -260,6 +262,16 @@ def _expand(
                     rule="an environment variable must be set before it is used",
                     value=match[0],
                     remedy=f"Set {match[1]}, or give --set {setting}=...",
+                )
+            )
+        if match[1] in secret and match[1] in variables and not address.startswith(_FILLED):
+            problems.append(
+                Problem(
+                    address=address,
+                    rule="a secret variable must stand where it is filled in late: options of factories, tracking.uri "
+                    "or job.environment",
+                    value=match[0],
+                    remedy="Give the variable a name without a word such as TOKEN or PASSWORD if it holds no secret.",
                 )
             )
         if address in _FILLED_LATE or match[1] in secret:

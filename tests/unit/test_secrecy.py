@@ -153,6 +153,17 @@ def test_declared_secrets_and_urls_with_a_password_keep_their_names_too(monkeypa
     assert filled(space.model.options["k"]) == SECRET
 
 
+def test_a_secret_where_nobody_fills_it_in_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZER_DIR", "/somewhere")
+    monkeypatch.setenv("HUB_TOKEN", SECRET)
+    model = {"name": "resnet20"}
+    assert parse_space({"model": model, "data": {"root": "${TOKENIZER_DIR}/x"}}).data.root == "/somewhere/x"
+    with pytest.raises(SpaceError, match=r"\$\.data\.train\[0\]: a secret variable must stand where") as caught:
+        parse_space({"model": model, "data": {"train": ["${HUB_TOKEN}"], "options": {"token": "${HUB_TOKEN}"}}})
+    assert len(caught.value.problems) == 1
+    assert SECRET not in str(caught.value)
+
+
 def test_a_secret_that_is_not_set_is_a_problem() -> None:
     with pytest.raises(SpaceError, match=r"\$\.tracking\.uri: an environment variable must be set.*Set NO_SUCH_PW"):
         parse_space({"model": {"name": "resnet20"}, "tracking": {"uri": "http://me:${NO_SUCH_PW}@host"}})
