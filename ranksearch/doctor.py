@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -261,7 +260,7 @@ def _is_remote(url: str) -> bool:
 
 
 def _cluster(spec: ResourcesSpec, store: Store) -> Finding:
-    """Whether every machine has the same versions, sees the same folder, and has room for Ray's files."""
+    """Whether every machine has the same versions, and sees the same folder."""
     from ranksearch.engine.probe import on_every_machine
 
     mark = store.folder / f".doctor-{uuid.uuid4().hex}"
@@ -278,8 +277,6 @@ def _cluster(spec: ResourcesSpec, store: Store) -> Finding:
                 problems.append(f"{name} has {_differing(answer['versions'])}")
             elif not answer["seen"] or not mark.with_name(f"{mark.name}-{answer['id']}").exists():
                 problems.append(f"{name} does not share {store.folder}")
-            elif answer["free"] < _LEAST_DISK:
-                problems.append(f"{name} has {_room(answer)}")
     finally:
         for file in store.folder.glob(f"{mark.name}*"):
             file.unlink(missing_ok=True)
@@ -288,16 +285,11 @@ def _cluster(spec: ResourcesSpec, store: Store) -> Finding:
                 store.folder.rmdir()
     if problems:
         remedy = (
-            "Start every machine from one image (docs/cluster/Dockerfile) with some space left for Ray, and give a "
-            "folder that all of them mount with --storage."
+            "Start every machine from one image (docs/cluster/Dockerfile), and give a folder that all of them mount "
+            "with --storage."
         )
         return Finding(check="cluster", state="failure", found="; ".join(problems), remedy=remedy)
     found = f"{len(answers)} machines, all with the versions of this one, all share {store.folder}"
-    name, least = min(answers.items(), key=lambda answer: answer[1]["free"])
-    found = f"{found}; least space: {name} with {_room(least)}"
-    if least["free"] < _SCARCE_DISK:
-        remedy = "Free some space there: Ray keeps jobs, and arrays that do not fit into memory, in that folder."
-        return Finding(check="cluster", state="warning", found=found, remedy=remedy)
     return Finding(check="cluster", state="ok", found=found)
 
 
@@ -306,12 +298,7 @@ def _look(mark: str) -> dict[str, Any]:
     seen, own = Path(mark).exists(), uuid.uuid4().hex
     if seen:
         Path(f"{mark}-{own}").touch()
-    local = tempfile.gettempdir()
-    return {"versions": _versions(), "seen": seen, "id": own, "local": local, "free": shutil.disk_usage(local).free}
-
-
-def _room(answer: dict[str, Any]) -> str:
-    return f"{answer['free'] / _GIB:.1f} GiB free in {answer['local']}"
+    return {"versions": _versions(), "seen": seen, "id": own}
 
 
 def _versions() -> dict[str, str]:

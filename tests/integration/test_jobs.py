@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from pathlib import Path
 import pytest
 import requests
 
-from ranksearch import doctor
 from ranksearch.jobs import JobServer
 from ranksearch.storage import Store
 from tests.conftest import REPOSITORY
@@ -175,17 +173,6 @@ def test_a_wrong_token_and_a_wrong_name(cluster: Cluster, tmp_path: Path) -> Non
     assert "there must be a job 'nosuch'" in ranksearch("logs", "-f", "nosuch", *to, code=2)
     nowhere = f"http://127.0.0.1:{free_port()}"
     assert f"job server at {nowhere} cannot be used" in ranksearch("jobs", "--address", nowhere, code=2)
-
-
-def test_doctor_looks_at_the_disk_of_every_machine(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for bound, state in (("_SCARCE_DISK", "warning"), ("_LEAST_DISK", "failure")):
-        monkeypatch.setattr(doctor, bound, math.inf)  # no disk is large enough
-        findings = doctor.examine(storage=str(tmp_path), address=cluster.gcs)
-        finding = next(finding for finding in findings if finding.check == "cluster")
-        assert (finding.state, "GiB free in" in finding.found) == (state, True)
-        assert "space" in finding.remedy
 
 
 def test_doctor_looks_at_every_machine(cluster: Cluster, tmp_path: Path) -> None:
