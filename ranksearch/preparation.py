@@ -192,7 +192,8 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
     path = cache / "statistics" / f"{content_hash([images, outputs], text)}.safetensors"
     fields = tuple(Statistics.__dataclass_fields__)
     device = device_of(network.space)
-    if path.exists() or fetch(path, cache):
+    fetched = not path.exists() and fetch(path, cache)
+    if fetched or path.exists():
         try:
             flat = load_file(path, device=str(device))
             return {name: Statistics(**{f: flat[f"{name}/{f}"] for f in fields}) for name in convs}
@@ -209,7 +210,7 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
 
     found = collect(network.model, convs, told())
     store({f"{name}/{f}": getattr(s, f) for name, s in found.items() for f in fields}, path)
-    offer(path, cache)
+    offer(path, cache, anew=fetched)
     return found
 
 

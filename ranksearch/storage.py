@@ -23,6 +23,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.study import StudyDirection
 
 from ranksearch.errors import StudyError
+from ranksearch.secrecy import redacted
 from ranksearch.setting import Setting
 from ranksearch.study import Study, lock_folder
 from ranksearch.trial import MAXIMISED
@@ -196,7 +197,7 @@ class Store:
 
     @property
     def _place(self) -> str:
-        return _redacted(self.url) if self.url else str(self.folder)
+        return redacted(self.url) if self.url else str(self.folder)
 
     def _taken(self, name: str) -> str:
         return (
@@ -292,7 +293,3 @@ def _ends_whole(journal: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() in (b"", b"\n")
-
-
-def _redacted(url: str) -> str:
-    return re.sub(r"//[^/]*@", "//***@", url)

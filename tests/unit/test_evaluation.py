@@ -286,6 +286,20 @@ def test_a_study_goes_on_with_its_own_images_only(prepared: tuple[Network, Bench
         make_bench(changed, factors, setting, tmp_path, tmp_path / "cache", silent)
 
 
+def test_damaged_statistics_of_the_shared_cache_are_replaced(
+    prepared: tuple[Network, Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKSEARCH_CACHE", str(tmp_path / "shared"))
+    network, _ = prepared
+    convs = network.selection.convs()
+    statistics_of(network, convs, tmp_path / "one", silent)
+    (damaged,) = (tmp_path / "shared" / "statistics").iterdir()
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:20])
+    statistics_of(network, convs, tmp_path / "two", silent)
+    assert damaged.read_bytes() == whole
+
+
 def test_statistics_of_another_forward_pass_are_collected_afresh(
     prepared: tuple[Network, Bench], tmp_path: Path
 ) -> None:
