@@ -14,6 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ranksearch.cli import main
 from ranksearch.data import load_data
@@ -154,6 +155,48 @@ def _retraining(tmp_path: Path, *, ema: float = 0.5, spec: FineTuneSpec = SPEC, 
     data = load_data(DATA, cache=tmp_path, seed=0)
     schedule = Schedule(spec=spec, dtype=dtype, ema_decay=ema, seed=0, threads=1, batch_images=100)
     return Retraining(model, dense, data, schedule, chains={}, checkpoint=tmp_path / "checkpoint.pt")
+
+
+class Dropping(nn.Sequential):
+    """A network that draws numbers in training."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layers = (nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
+        super().__init__(*layers)
+        self.eval()
+
+
+def test_what_layers_draw_is_the_trainings_own_through_an_interruption(tmp_path: Path) -> None:
+    data = load_data(DATA, cache=tmp_path, seed=0)
+    spec = FineTuneSpec(epochs=3, batch_images=64, learning_rate=0.05)
+    schedule = Schedule(spec=spec, dtype=torch.float32, ema_decay=0.5, seed=0, threads=1, batch_images=100)
+
+    def training(name: str) -> Retraining:
+        return Retraining(Dropping(), Dropping(), data, schedule, chains={}, checkpoint=tmp_path / name)
+
+    def interrupt(curve: list[Any]) -> None:
+        if len(curve) == 2:
+            raise Killed
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    whole = training("whole")
+    whole.run()
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator was drawn from"
+    with pytest.raises(Killed):
+        training("parts").run(watch=interrupt)
+    torch.manual_seed(2)
+    parts = training("parts")
+    parts.run()
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+    assert whole.curve == parts.curve
+    still = Dropping()
+    still[3] = nn.Identity()
+    other = Retraining(still, Dropping(), data, schedule, chains={}, checkpoint=tmp_path / "still")
+    other.run()
+    assert other.curve != whole.curve, "nothing was dropped"
 
 
 def test_the_average_is_that_of_all_steps(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,17 @@ def test_fine_tuning_is_stochastic_gradient_descent(training: tuple[nn.Module, n
     for (name, ours), p in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert p.grad is not None
         torch.testing.assert_close(ours, p - 0.1 * p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_layers_draw_follows_from_the_seed_alone(training: tuple[nn.Module, nn.Module, Data]) -> None:
+    model, dense, data = training
+    spec = FineTuneSpec(steps=2, batch_images=32)
+    dropping = nn.Sequential(model, nn.Dropout(0.5))
+    losses = []
+    for seed, before in ((0, 1), (0, 2), (5, 2)):
+        torch.manual_seed(before)
+        losses.append(tuned(copy.deepcopy(dropping), dense, data, spec, seed))
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_divergence_is_an_error(training: tuple[nn.Module, nn.Module, Data]) -> None:
