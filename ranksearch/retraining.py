@@ -25,7 +25,7 @@ from ranksearch.evaluation import score
 from ranksearch.factors import content_hash
 from ranksearch.refit import Chain, regauge
 from ranksearch.space import FineTuneSpec
-from ranksearch.training import Training, steps_of
+from ranksearch.training import Training, steps_of, steps_of_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,7 @@ class Retraining:
             model, dense, data.train, self._input, schedule.spec, data.augment, seed=schedule.seed, dtype=schedule.dtype
         )
         self.total = steps_of(schedule.spec, len(data.train))
-        images = len(data.train)
-        self.epoch_steps = max(1, images // min(schedule.spec.batch_images, images))
+        self.epoch_steps = steps_of_epoch(schedule.spec, len(data.train))
         self._losses: list[float] = []
         if checkpoint.exists():
             self._load(read_checkpoint(checkpoint))

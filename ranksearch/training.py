@@ -21,7 +21,12 @@ ToInput = Callable[[Split, Tensor], Tensor]
 
 def steps_of(spec: FineTuneSpec, images: int) -> int:
     """Optimiser steps that a fine-tuning of ``images`` training images makes."""
-    return spec.steps if spec.epochs is None else max(1, round(spec.epochs * images / spec.batch_images))
+    return spec.steps if spec.epochs is None else max(1, round(spec.epochs * steps_of_epoch(spec, images)))
+
+
+def steps_of_epoch(spec: FineTuneSpec, images: int) -> int:
+    """Steps of one pass over ``images`` training images: whole batches, the remainder is dropped."""
+    return max(1, images // spec.batch_images)
 
 
 def fine_tune(

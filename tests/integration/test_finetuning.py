@@ -222,6 +222,12 @@ def test_the_average_is_that_of_all_steps(tmp_path: Path) -> None:
     assert training.curve[-1].steps == 7
 
 
+def test_epochs_are_those_asked_for_where_batches_leave_a_remainder(tmp_path: Path) -> None:
+    training = _retraining(tmp_path, spec=FineTuneSpec(epochs=3, batch_images=60, learning_rate=0.01))
+    training.run()
+    assert [(one.epoch, one.steps) for one in training.curve] == [(n, 5 * n) for n in (1, 2, 3)]
+
+
 def test_mixed_precision_trains_float32_weights(tmp_path: Path) -> None:
     training = _retraining(tmp_path, spec=FineTuneSpec(steps=3, batch_images=16), dtype=torch.bfloat16)
     before = training.model.state_dict()["stem.weight"].clone()

@@ -236,7 +236,8 @@ def test_divergence_is_an_error(training: tuple[nn.Module, nn.Module, Data]) -> 
 
 
 def test_steps_of_epochs() -> None:
-    assert steps_of(FineTuneSpec(epochs=2.0, batch_images=128), 1000) == 16
+    assert steps_of(FineTuneSpec(epochs=2.0, batch_images=128), 1000) == 14, "7 whole batches an epoch"
+    assert steps_of(FineTuneSpec(epochs=3, batch_images=128), 100) == 3
     assert steps_of(FineTuneSpec(epochs=0.001, batch_images=128), 1000) == 1
     assert steps_of(FineTuneSpec(steps=7), 1000) == 7
 
