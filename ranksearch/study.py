@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
-from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -27,12 +25,11 @@ from ranksearch import pictures
 from ranksearch.drawing import figure
 from ranksearch.errors import StudyError
 from ranksearch.front import dominates, hypervolume, non_dominated
+from ranksearch.parameters import importance, parameters_of
 from ranksearch.pictures import Progress
 from ranksearch.rankmap import RankMap
 from ranksearch.setting import Setting
 from ranksearch.space import Space
-from ranksearch.strategies.funnel import RANGES
-from ranksearch.table import PriceTable
 from ranksearch.trial import (
     MAXIMISED,
     Failure,
@@ -127,7 +124,7 @@ class Study:
 
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
-        params, distributions = _parameters(proposal, self.setting.table)
+        params, distributions = parameters_of(proposal, self.setting.table)
         attrs = {"index": index, "attempt": attempt, "origin": proposal.origin, "note": proposal.note}
         if proposal.funnel:
             attrs |= {"choices": list(proposal.choices), "settings": proposal.settings}
@@ -341,39 +338,35 @@ class Study:
             points.append(Progress(trials=len(points) + 1, end_ms=trial.end_ms, hypervolume=value))
         return points
 
-    def importance(self, of: str = "accuracy") -> dict[str, float]:
+    def importance(self, of: str = "accuracy", trials: list[Trial] | None = None) -> dict[str, float]:
         """How much each layer's choice decides whether an objective is among the best tenth: shares of 1, by layer.
 
         It is Optuna's PED-ANOVA, of the complete trials but funnel runs; empty where fewer than ten are there.
 
+        Args:
+            of: the objective.
+            trials: those to judge by, where they have been read already.
+
         Raises:
             ValueError: the search has no such objective.
         """
-        import optuna
-        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-        objectives = self.space.objectives
-        if of not in objectives:
-            raise ValueError(f"importance is of one of the objectives {', '.join(objectives)}, found {of!r}.")
-        at = [str(name) for name in objectives].index(of)
-        whole = optuna.create_study(direction="maximize" if of in MAXIMISED else "minimize")
-        for frozen in self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.COMPLETE,)):
-            if len(frozen.params) == len(self.setting.table.layers) and not frozen.user_attrs.get("settings"):
-                whole.add_trial(
-                    create_trial(params=frozen.params, distributions=frozen.distributions, value=frozen.values[at])
-                )
-        if len(whole.trials) < 10:
-            return {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return dict(get_param_importances(whole, evaluator=PedAnovaImportanceEvaluator()))
+        return importance(self.space.objectives, self.setting.table, self.trials() if trials is None else trials, of)
 
     # Pictures, as interactive Plotly figures.
 
     def plot_front(self, *baselines: Study) -> Figure:
-        """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies."""
+        """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies.
+
+        Raises:
+            StudyError: another study is of other weights or other data.
+        """
         from ranksearch.plots import front_figure
 
+        if strangers := [study.name for study in baselines if not self.setting.comparable(study.setting)]:
+            raise StudyError(
+                f"fronts on the same axes must be of the same network and data as {self.name}, found "
+                f"{', '.join(strangers)} of other weights or images. Draw those apart."
+            )
         trials = self.trials()
         return front_figure(
             self.trials_frame(trials),
@@ -460,19 +453,6 @@ class Study:
             knee_point=knee,
         )
         return rank_map_of(self, picked)
-
-
-def _parameters(proposal: Proposal, table: PriceTable) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-    """A proposal as Optuna's parameters with their distributions: a candidate a layer, or what a funnel run explores.
-
-    What a funnel run starts from is none: its outcome is not that of these candidates.
-    """
-    if proposal.funnel:
-        explored = [name for name in RANGES if proposal.settings.get(name) is not None]
-        params: dict[str, Any] = {f"funnel.{name}": proposal.settings[name] for name in explored}
-        return params, {f"funnel.{name}": RANGES[name] for name in explored}
-    params = {layer.name: i for layer, i in zip(table.layers, proposal.choices, strict=True)}
-    return params, {layer.name: IntDistribution(0, len(layer.candidates) - 1) for layer in table.layers}
 
 
 def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def view_state(study: str) -> str:
             "lifecycleFilter": "Active",
             "modelVersionFilter": "All Runs",
             "datasetsFilter": [],
-            "selectedColumns": ["attributes.`Source`", *COLUMNS],
+            "selectedColumns": list(COLUMNS),
             "viewMaximized": True,
         }
     )
@@ -86,7 +86,7 @@ def about(study: Study, run_id: str = "") -> str:
     ]
     if not run_id:
         return "\n".join([*lines, f"It is running: `ranksearch dashboard {name}` follows it.", ""])
-    lines += [f"![front](get-artifact?path=front.png&run_uuid={run_id})", "", *_table(study)]
+    # MLflow folds all but the first lines, so what to do comes first.
     lines += [
         "Go on with:",
         "",
@@ -95,6 +95,9 @@ def about(study: Study, run_id: str = "") -> str:
         f"ranksearch export {name} --knee -o rank_map.json --save-weights compressed.safetensors",
         f"ranksearch publish {name} --knee --alias champion",
         "```",
+        "",
+        *_table(study),
+        f"![front](get-artifact?path=front.png&run_uuid={run_id})",
         "",
     ]
     return "\n".join(lines)
