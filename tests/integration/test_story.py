@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from ranksearch.strategies import Terms, build_strategy
 from ranksearch.study import Study
 from ranksearch.tracking import Tracker, View
 from ranksearch.tracking.registry import _name
-from ranksearch.tracking.story import COLUMNS, view_key
+from ranksearch.tracking.story import COLUMNS, about, view_key
 from ranksearch.trial import Failure, Proposal
 from tests.studies import TABLE, setting_of, space_of
 from tests.tables import proposal_outcome
@@ -104,6 +106,19 @@ def test_the_run_tells_the_story_and_beyond_the_limit_only_the_front_has_runs(st
     with closing(Tracker(TrackingSpec(), folder=storage)) as tracker:
         View(study, tracker).sync(study.trials())
     assert runs_of(client)[1].keys() == trials.keys(), "a resume adds no run that the search left out"
+
+
+def test_a_long_front_is_told_from_its_dearest_point_to_its_cheapest(storage: Path) -> None:
+    study = Store().create("long", setting_of(space_of(tracking={"enabled": False})))
+    proposal = Proposal(choices=TABLE.dense, origin="test")
+    scored = proposal_outcome(TABLE, proposal)
+    for n in range(14):
+        point = replace(scored, accuracy_search=0.9 - 0.01 * n, accuracy=0.9, macs=scored.macs - n)
+        study.finish(study.begin(proposal, index=n), point)
+    assert len(study.front()) == 14
+    rows = [int(number) for number in re.findall(r"^\| (\d+) \|", about(study, "run"), flags=re.MULTILINE)]
+    assert (rows[0], rows[-1], len(rows)) == (0, 13, 12)
+    assert rows == sorted(set(rows))
 
 
 class Registry(MlflowClient):
