@@ -190,7 +190,6 @@ class StrategySpec(Section):
     ``format`` (of the gated layers; by default the first of ``formats`` that a layer can be gated in).
     """
 
-
     @model_validator(mode="before")
     @classmethod
     def _of_what_it_names(cls, data: Any) -> Any:
