@@ -156,7 +156,7 @@ def test_a_published_network_answers_as_the_exported_one(storage: Path, tmp_path
     assert (found.model, found.version) == ("digits-cnn", "2")
     client = MlflowClient(tracking_uri=found.uri)
     version = client.get_model_version_by_alias("digits-cnn", "champion")
-    assert (version.version, version.tags["trial"]) == ("2", str(trial.number))
+    assert (str(version.version), version.tags["trial"]) == ("2", str(trial.number))
 
     weights = tmp_path / "compressed.safetensors"
     rank_map = export_trial(study, trial, store, tmp_path / "rank_map.json", weights=weights)
