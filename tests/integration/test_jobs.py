@@ -131,7 +131,14 @@ def test_submit_follow_stop_resume_export(cluster: Cluster, tmp_path: Path) -> N
     assert len([trial for trial in stopped if trial.state == "COMPLETE"]) >= 2
 
     made = len({trial.index for trial in stopped})
-    followed = ranksearch(*space, "--resume", "--set", f"budget.trials={made + 4}", "--follow", NET_TOKEN=SECRET)
+    resume = (*space, "--resume", "--set", f"budget.trials={made + 4}", "--follow")
+    try:
+        followed = ranksearch(*resume, NET_TOKEN=SECRET)
+    except AssertionError as error:
+        # On a busy machine Ray may lose all its new workers; the message says to resume, which must do.
+        if "workers in a row died" not in str(error):
+            raise
+        followed = ranksearch(*resume, NET_TOKEN=SECRET)
     assert followed.count(f"({made + 4}/{made + 4})") == 1
     assert "SUCCEEDED" in followed
     ended = Store(storage).open("mine")
