@@ -39,7 +39,9 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes of one CPU each, for all tests of this file."""
     port, dashboard = free_port(), free_port()
     found = Cluster(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{port}")
-    with started(*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=1"):
+    # The agent, which takes the jobs, has a port of its own too: another Ray on this machine may have the usual one.
+    agent = f"--dashboard-agent-listen-port={free_port()}"
+    with started(*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", agent, "--num-cpus=1"):
         await_nodes(found, 1)  # a node that finds no head gives up
         with started(*NODE, f"--address={found.gcs}", "--num-cpus=1"):
             await_nodes(found, 2)
