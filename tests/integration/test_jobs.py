@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -121,7 +120,6 @@ def test_submit_follow_stop_resume_export(cluster: Cluster, tmp_path: Path) -> N
     )  # fmt: skip
     submitted = ranksearch(*space, NET_TOKEN=SECRET)
     (job,) = set(re.findall(r"ranksearch-mine-\w{6}", submitted))
-    shutil.rmtree(project / "__pycache__", ignore_errors=True)
     wait_for("trial    1", job, cluster)
     assert json.loads(ranksearch("status", job, "--json", *to))["state"] == "RUNNING"
     assert job in ranksearch("jobs", *to)
@@ -134,13 +132,7 @@ def test_submit_follow_stop_resume_export(cluster: Cluster, tmp_path: Path) -> N
 
     made = len({trial.index for trial in stopped})
     resume = (*space, "--resume", "--set", f"budget.trials={made + 4}", "--follow")
-    try:
-        followed = ranksearch(*resume, NET_TOKEN=SECRET)
-    except AssertionError as error:
-        # On a busy machine Ray may lose all its new workers; the message says to resume, which must do.
-        if "workers in a row died" not in str(error):
-            raise
-        followed = ranksearch(*resume, NET_TOKEN=SECRET)
+    followed = ranksearch(*resume, NET_TOKEN=SECRET)
     assert followed.count(f"({made + 4}/{made + 4})") == 1
     assert "SUCCEEDED" in followed
     ended = Store(storage).open("mine")
