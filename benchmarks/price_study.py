@@ -8,7 +8,7 @@ the predicted error, every layer's (and every format's) error multiplied by a ra
 factors, good allocations that differ; half with large ones, which come close to allocations at random. Each is scored
 on 1,250 search images after more and more work: factors alone; batch norms recalibrated; sequential regression as
 a search does it; that and a brief training. What all are compared with is the accuracy on the 2,500 report images
-after a longer training. Prices are sums over the layers, measured on 512 calibration images, one layer alone changed.
+after a longer training. Prices are sums over the layers, measured on 256 calibration images, one layer alone changed.
 
 Spearman's correlation is taken within each budget, where all rank maps have nearly the same MACs, and averaged over the
 budgets; the range is that of the averages over 2,000 bootstrap samples of the rank maps (5 to 95 %).
@@ -47,7 +47,7 @@ MAPS = 20
 """Rank maps at each budget."""
 SPREADS = (0.7, 2.5)
 """Standard deviations of the logarithm of the factors, in turn."""
-IMAGES = 512
+IMAGES = 256
 BATCH = 64
 BRIEF, LONG, RATE = 12, 60, 0.003
 """Steps of training, of ``BATCH`` images each, and the largest learning rate: at 0.01, as searches have it by default,
