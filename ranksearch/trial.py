@@ -225,6 +225,10 @@ def minimised(values: tuple[float, ...], objectives: tuple[str, ...]) -> tuple[f
     return tuple(-v if name in MAXIMISED else v for v, name in zip(values, objectives, strict=True))
 
 
+LIMITS: Final = ("max_macs_ratio", "max_latency_ratio", "max_drop")
+"""The budget's limits on an outcome."""
+
+
 def constraints(outcome: Outcome, budget: BudgetSpec, dense: Mapping[str, float]) -> dict[str, float]:
     """The budget's limits on an outcome, each kept where the value is at most 0.
 

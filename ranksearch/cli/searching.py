@@ -29,6 +29,7 @@ from ranksearch.cli.progress import Reporter
 from ranksearch.cli.tables import front_table, inspection, latencies_table, layers_table, percent, records
 from ranksearch.errors import RanksearchError
 from ranksearch.secrecy import redacted
+from ranksearch.trial import LIMITS
 
 if TYPE_CHECKING:
     from ranksearch.study import Study
@@ -214,7 +215,7 @@ def _conclude(study: Study, storage: str | None, as_json: bool) -> None:
         complain(f"all {len(failed)} trials of {study.name} failed.{reason}")
         raise typer.Exit(1)
     if not study.front_trials(trials):
-        limits = study.space.budget.model_dump(include={"max_macs_ratio", "max_drop"}, exclude_none=True)
+        limits = study.space.budget.model_dump(include={*LIMITS}, exclude_none=True)
         complain(f"none of {len(complete)} trials of {study.name} is within the budget's limits {limits}.")
         raise typer.Exit(1)
     if as_json:

@@ -111,8 +111,9 @@ def latencies(
     gained = [whole[0] - ms for ms in whole]
     square = sum(saving * saving for saving in savings)
     scale = sum(s * g for s, g in zip(savings, gained, strict=True)) / square if square > 0 else 1.0
-    # Networks that come out no faster say nothing of single layers.
-    scale = scale if scale > 0 else 1.0
+    # Networks that come out no faster say nothing of single layers; and no layers take longer than the network.
+    layers = sum(alone[conv, "dense", ()] for conv in table.convs.values())
+    scale = min(scale if scale > 0 else 1.0, whole[0] / layers)
     found = LatencyTable(
         runtime=spec.runtime,
         batch_images=spec.batch_images,
