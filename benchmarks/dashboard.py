@@ -48,7 +48,7 @@ new MutationObserver(() => {
   last = now;
 }).observe(document, {childList: true, subtree: true, attributes: true});
 """
-_REQUESTS = """performance.getEntriesByType("resource").filter(e => e.name.endsWith("_dash-update-component"))
+_REQUESTS = """performance.getEntriesByType("resource").filter(e => e.name.includes("_dash-update-component"))
   .map(e => [e.startTime, e.responseEnd, e.decodedBodySize])"""
 _PICTURE_BYTES = 20_000
 """Answers that are larger bring a picture."""
