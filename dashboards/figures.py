@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dashboards.feed import Snapshot, outcome_of
-from ranksearch.drawing import LEGEND, Picture, figure
+from ranksearch.drawing import Picture, plotly_json
 from ranksearch.plots import front_picture
 from ranksearch.trial import Trial
 
-DRAWN = 800
+DRAWN = 400
 """Dominated trials that are drawn at most: a picture of more would take the browser longer than a person waits."""
 _TICKS = 5
 """Labels that a telephone has room for."""
@@ -98,20 +98,21 @@ def plain(picture: Picture) -> dict[str, Any]:
         places, labels = picture.ticks
         step = -(-len(places) // _TICKS)
         picture = replace(picture, ticks=(places[::-step], labels[::-step]))
-    made = figure(picture)
-    made.update_layout(
-        title=None,
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 64, "r": 16, "t": 24, "b": 48},
-        legend=LEGEND,
-        hoverlabel={"namelength": -1},
-        font={"size": 13, "family": "system-ui, sans-serif"},
-    )
-    made.update_xaxes(tickangle=None if picture.cells else 0, gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    made.update_yaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    found: dict[str, Any] = made.to_plotly_json()
+    found = plotly_json(picture)
+    layout = found["layout"]
+    for name in ("title", "template"):
+        del layout[name]
+    layout |= {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 64, "r": 16, "t": 24, "b": 48},
+        "hoverlabel": {"namelength": -1},
+        "font": {"size": 13, "family": "system-ui, sans-serif"},
+    }
+    layout["xaxis"] |= {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
+    layout["yaxis"] |= {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
+    if not picture.cells:
+        layout["xaxis"]["tickangle"] = 0
     for trace in found["data"]:
         for part in (trace.get("line", {}), trace.get("marker", {})):
             if part.get("color") == _DAY_ONLY:
