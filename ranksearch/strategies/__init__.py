@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
@@ -27,6 +27,7 @@ from ranksearch.strategies.evbmf import Evbmf
 from ranksearch.strategies.greedy import Greedy
 from ranksearch.strategies.greedy_multi_step import GreedyMultiStep
 from ranksearch.strategies.history import proposals_made, tried
+from ranksearch.strategies.hull import Cost
 from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.strategies.ladder import Ladder, Rule
 from ranksearch.strategies.lc import Lc
@@ -101,8 +102,8 @@ def _ladder(kind: type[Rule]) -> Maker:
 def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) -> Built:
     """``kind`` with the spec's options for its fields, but for those ``given``.
 
-    A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs; a
-    field ``targets`` is that of the terms where they have some.
+    A field ``price`` is the spec's, ``cost`` the first one of the objectives, ``targets`` that of the terms where they
+    have some.
     """
     fields = signature(kind).parameters
     taken = [name for name in fields if name not in ("price", *given)]
@@ -112,8 +113,8 @@ def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) ->
     if "price" in fields:
         problems += _unknown_price(spec)
         given |= {} if spec.price is None else {"price": spec.price}
-    if "cost" in taken and "params" in terms.objectives and "macs" not in terms.objectives:
-        given["cost"] = "params"
+    if "cost" in taken:
+        given["cost"] = next((name for name in terms.objectives if name in get_args(Cost)), "macs")
     if "targets" in taken and terms.targets:
         given["targets"] = terms.targets
     if not problems:

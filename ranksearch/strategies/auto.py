@@ -58,7 +58,7 @@ class Auto:
     max_macs_ratio: float = inf
     price: str = PRICE
     cost: Cost = "macs"
-    """What the front is against: ``macs`` or ``params``."""
+    """What the front is against: ``macs``, ``params`` or ``latency``."""
     first: int = 12
     """Proposals before the prices are learned."""
     min_gain: float = 0.0

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranksearch.front import non_dominated
-from ranksearch.strategies.hull import Cost, layer_costs, layer_losses
+from ranksearch.strategies.hull import Cost, layer_costs, layer_losses, whole_cost
 from ranksearch.strategies.knapsack import predicted_front
 from ranksearch.strategies.ladder import Choices
 from ranksearch.table import PriceTable
@@ -113,8 +113,7 @@ class LearnedPrices:
         self.quality = _Quality(accuracy="accuracy" in objectives)
         self.limit = table.dense_macs * max_macs_ratio
         self.table, self.layers = table, len(table.layers)
-        self.whole = float(table.macs(table.dense) if cost == "macs" else table.params(table.dense))
-        self.other = float(table.other_macs if cost == "macs" else table.other_params)
+        self.whole, self.other = map(float, whole_cost(table, cost))
         self.costs = [np.array(layer) for layer in self.prices.costs]
         self.macs = [np.array([c.macs for c in layer.candidates]) for layer in table.layers]
         maps = [trial for trial in trials if not trial.proposal.funnel]
