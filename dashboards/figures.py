@@ -65,7 +65,9 @@ def thinned(trials: Sequence[Trial], limit: int = DRAWN) -> list[Trial]:
     """
     if len(trials) <= limit:
         return list(trials)
-    places = np.array([(outcome_of(t).macs, outcome_of(t).accuracy_search) for t in trials])
+    outcomes = [trial.outcome for trial in trials if trial.outcome is not None]
+    macs = np.fromiter((one.macs for one in outcomes), float, len(trials))
+    places = np.stack([macs, np.fromiter((one.accuracy_search for one in outcomes), float, len(trials))], axis=1)
     low, high = places.min(axis=0), places.max(axis=0)
     scaled = (places - low) / np.maximum(high - low, 1e-12)
     cells, first = 96, list(range(len(trials)))
