@@ -54,30 +54,38 @@ def build(feeds: Mapping[str, Feed], *, place: str = "", pause_ms: int = 1000) -
 
 
 def _follow(app: Dash, feeds: Mapping[str, Feed]) -> None:
-    # One answer brings the news and the picture: a second question would cost the reader its way there and back.
+    # One answer brings the news and the picture: a second question would cost the reader its way there and back. Dash
+    # forgets an answer when the same question is put once more before it comes, so the clock waits meanwhile, and the
+    # page keeps what it has drawn: what got lost is drawn at the next tick.
     @app.callback(
         Output("progress", "children"),
         Output("versions", "data"),
         Output("front", "figure"),
+        Output("drawn", "data"),
         Input("clock", "n_intervals"),
         Input("study", "value"),
         Input("chosen", "data"),
         State("versions", "data"),
+        State("drawn", "data"),
+        running=[(Output("clock", "disabled"), True, False)],
     )
     def follow(
-        _ticks: int | None, name: str, chosen: Mapping[str, Mapping[str, int]], seen: dict[str, int]
-    ) -> tuple[Any, Any, Any]:
-        feed = feeds[name]
+        _ticks: int | None,
+        name: str,
+        chosen: Mapping[str, Mapping[str, int]],
+        seen: dict[str, int],
+        drawn: Mapping[str, Any],
+    ) -> tuple[Any, Any, Any, Any]:
+        feed, mine = feeds[name], chosen.get(name, {})
         now = {other: one.snapshot.version for other, one in feeds.items()}
-        shown = feed.snapshot
-        ticked = ctx.triggered_id == "clock"
-        if now == seen and ticked and shown.state != "running" and not feed.problem:
+        shown, wanted = feed.snapshot, {"versions": now, "study": name, "marked": mine}
+        if wanted == drawn and shown.state != "running" and not feed.problem and ctx.triggered_id == "clock":
             raise PreventUpdate
         told = page.progress(shown, feed.problem)
-        if now == seen and ticked:
-            return told, no_update, no_update
+        if wanted == drawn:
+            return told, no_update, no_update, no_update
         fresh = no_update if now == seen else now
-        return told, fresh, front_of(shown, _others(shown, feeds), chosen.get(name, {}))
+        return told, fresh, front_of(shown, _others(shown, feeds), mine), wanted
 
     @app.callback(
         Output("front-table", "children"),
@@ -204,7 +212,7 @@ def _hand_over(app: Dash, feeds: Mapping[str, Feed], place: str) -> None:
             return no_update, str(error)
         file = "rank_map.json"
         sent = {"content": content.decode(), "filename": file, "type": "application/json"}
-        return sent, f"Trial {number} is in {file}, where your browser keeps downloads."
+        return sent, f"Trial {number} is in {file}, where your browser keeps downloads; its weights are not."
 
 
 def exported(shown: Snapshot, number: int) -> bytes:

@@ -48,10 +48,12 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     made = plain(picture)
     if len(drawn) < len(dominated):
         made["data"][0]["name"] = f"Dominated (accuracy on search images), {len(drawn)} of {len(dominated):,} drawn"
+    found = [(letter, trial) for letter, number in marked.items() if (trial := shown.trials.get(number))]
+    found.sort(key=lambda pair: (outcome_of(pair[1]).macs, pair[0]))
     marks = [
-        _mark(letter, trial, on_front=number in front)
-        for letter, number in marked.items()
-        if (trial := shown.trials.get(number))
+        # The cheaper one's letter is to the left, so that the two do not meet between their points.
+        _mark(letter, trial, on_front=trial.number in front, left=not i)
+        for i, (letter, trial) in enumerate(found)
     ]
     made["layout"]["annotations"] = [*made["layout"].get("annotations", ()), *marks]
     made["layout"]["uirevision"] = study.name  # the reader's zoom outlives an update
@@ -78,7 +80,7 @@ def thinned(trials: Sequence[Trial], limit: int = DRAWN) -> list[Trial]:
     return [trials[i] for i in sorted(first)]
 
 
-def _mark(letter: str, trial: Trial, *, on_front: bool) -> dict[str, Any]:
+def _mark(letter: str, trial: Trial, *, on_front: bool, left: bool) -> dict[str, Any]:
     """A letter at the trial's dot: the front is drawn by the report images, all else by the search images."""
     outcome = outcome_of(trial)
     accuracy = outcome.accuracy if on_front and outcome.accuracy is not None else outcome.accuracy_search
@@ -86,7 +88,7 @@ def _mark(letter: str, trial: Trial, *, on_front: bool) -> dict[str, Any]:
         "x": outcome.macs / 1e9,
         "y": 100 * accuracy,
         "text": f"<b>{letter}</b>",
-        "ax": -22 if letter == "A" else 22,
+        "ax": -22 if left else 22,
         "ay": -30,
         "arrowhead": 2,
         "bordercolor": "#808080",

@@ -15,6 +15,7 @@ from dash import Dash
 
 from dashboards.feed import Feed
 from dashboards.figures import front_of
+from dashboards.page import title
 
 _WIDTH, _HEIGHT = 900, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 24, 72
@@ -35,10 +36,10 @@ class FirstLook(Dash):
     def interpolate_index(self, **parts: Any) -> str:  # type: ignore[override]
         """The page's HTML; Dash's own hook."""
         shown = next(iter(self._feeds.values())).snapshot
-        told = f"{html.escape(shown.study.name)}: {shown.done:,} of {shown.total:,} trials"
+        told = f"{shown.done:,} of {shown.total:,} trials"
         look = (
-            '<div id="first-look" aria-hidden="true"><header><h1>ranksearch</h1></header><main><section class="card">'
-            f"<h2>Front of accuracy against MACs</h2><p class=hint>{told}. Loading …</p>"
+            f'<div id="first-look" aria-hidden="true"><header><h1>{html.escape(title([*self._feeds]))}</h1></header>'
+            f'<main><section class="card"><h2>Front of accuracy against MACs</h2><p class="hint">{told}. Loading …</p>'
             f"{svg(front_of(shown, (), {}))}</section></main></div>"
         )
         whole = {**parts, "app_entry": look + parts["app_entry"]}
@@ -98,7 +99,7 @@ def _grid(layout: Mapping[str, Any], across: _Axis, up: _Axis) -> Iterator[str]:
         value, y = i * step, round(up(i * step), 1)
         yield line.format(_LEFT, y, _WIDTH - _RIGHT, y)
         yield f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.3g}</text>'
-    name, title = (html.escape(layout[axis]["title"]["text"]) for axis in ("xaxis", "yaxis"))
-    yield f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{name}</text>'
+    below, beside = (html.escape(layout[axis]["title"]["text"]) for axis in ("xaxis", "yaxis"))
+    yield f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{below}</text>'
     turned = f'transform="translate(14 {(_TOP + bottom) / 2}) rotate(-90)"'
-    yield f'<text {turned} text-anchor="middle">{title}</text>'
+    yield f'<text {turned} text-anchor="middle">{beside}</text>'

@@ -193,7 +193,8 @@ def test_the_page_itself_brings_every_point_of_the_front(storage: Path) -> None:
     study = begun("seen", 40)
     with served(study.name) as url, urllib.request.urlopen(url) as answer:
         text = answer.read().decode()
-    assert "seen: 40 of 40 trials" in text
+    assert "<h1>ranksearch: seen</h1>" in text
+    assert "40 of 40 trials" in text
     look = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + len("</svg>")])
     shown = Feed(study).snapshot
     groups = {len(group): [dot.attrib for dot in group] for group in look.iter("g")}
@@ -227,6 +228,10 @@ def test_a_mark_is_where_its_dot_is(storage: Path) -> None:
         dots = dict(zip(trace["customdata"], zip(trace["x"], trace["y"], strict=True), strict=True))
         assert (mark["x"], mark["y"]) == pytest.approx(dots[number])
     assert 0 < len(front) < len(shown.trials)
+    cheap, dear = shown.front[0].number, shown.front[-1].number
+    for marked in ({"A": cheap, "B": dear}, {"A": dear, "B": cheap}, {"A": cheap, "B": cheap}):
+        one, two = front_of(shown, (), marked)["layout"]["annotations"][-2:]
+        assert one["x"] + one["ax"] < two["x"] + two["ax"], "letters do not meet between their points"
 
 
 def test_importance_is_of_the_first_objective_and_of_the_trials_that_were_read(storage: Path) -> None:
