@@ -258,6 +258,7 @@ def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
         objectives=tuple(space.objectives),
         targets=tuple(budget.targets),
         max_macs_ratio=budget.max_macs_ratio or inf,
+        max_latency_ratio=budget.max_latency_ratio or inf,
         formats=tuple(space.formats),
     )
     return build_strategy(space.strategy, terms, seed_choices=choices)

@@ -207,6 +207,10 @@ class PriceTable:
         picked = [layer.candidates[i].latency_ms or 0.0 for layer, i in zip(self.layers, choices, strict=True)]
         return self.timing.other_ms + sum(picked)
 
+    def latency_ratio(self, choices: Sequence[int]) -> float:
+        """Predicted latency under these choices, as a share of the dense network's; 0 where none was measured."""
+        return 0.0 if self.timing is None else (self.latency_ms(choices) or 0.0) / self.timing.dense_ms
+
     def macs_ratio(self, choices: Sequence[int]) -> float:
         """MACs under these choices, as a share of the dense network's."""
         return self.macs(choices) / self.dense_macs

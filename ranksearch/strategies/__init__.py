@@ -84,6 +84,8 @@ class Terms:
     """Shares of the dense network's MACs that matter most."""
     max_macs_ratio: float = inf
     """Rank maps with a larger share of the MACs are of no use."""
+    max_latency_ratio: float = inf
+    """Likewise of the dense network's latency."""
     formats: tuple[str, ...] = ()
     """The space's formats; empty where they are not known."""
 
@@ -95,7 +97,10 @@ Maker = Callable[[StrategySpec, Terms], Strategy]
 def _ladder(kind: type[Rule]) -> Maker:
     """The maker of a rule's ladder."""
     return lambda spec, terms: Ladder(
-        rule=_built(kind, spec, terms), targets=terms.targets, max_macs_ratio=terms.max_macs_ratio
+        rule=_built(kind, spec, terms),
+        targets=terms.targets,
+        max_macs_ratio=terms.max_macs_ratio,
+        max_latency_ratio=terms.max_latency_ratio,
     )
 
 
@@ -132,7 +137,8 @@ def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
 
 
 def _auto(spec: StrategySpec, terms: Terms) -> Strategy:
-    given = {name: getattr(terms, name) for name in ("seed", "objectives", "targets", "max_macs_ratio")}
+    names = ("seed", "objectives", "targets", "max_macs_ratio", "max_latency_ratio")
+    given = {name: getattr(terms, name) for name in names}
     return _built(Auto, spec, terms, **given)
 
 

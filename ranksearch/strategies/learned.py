@@ -107,11 +107,12 @@ class LearnedPrices:
         price: str,
         cost: Cost,
         objectives: Sequence[str],
-        max_macs_ratio: float,
+        max_macs_ratio: float = inf,
+        max_latency_ratio: float = inf,
     ) -> None:
         self.prices = _prices(table, price, cost)
         self.quality = _Quality(accuracy="accuracy" in objectives)
-        self.limit = table.dense_macs * max_macs_ratio
+        self.limit, self.slowest = table.dense_macs * max_macs_ratio, max_latency_ratio
         self.table, self.layers = table, len(table.layers)
         self.whole, self.other = map(float, whole_cost(table, cost))
         self.costs = [np.array(layer) for layer in self.prices.costs]
@@ -135,8 +136,8 @@ class LearnedPrices:
         return [(points[i], found[i][0]) for i in non_dominated(points)]
 
     def allowed(self, choices: Choices) -> bool:
-        """Whether a rank map keeps the budget's limit on MACs."""
-        return self.table.macs(choices) <= self.limit
+        """Whether a rank map keeps the budget's limits on MACs and latency."""
+        return self.table.macs(choices) <= self.limit and self.table.latency_ratio(choices) <= self.slowest
 
     def features(self, choices: Sequence[int]) -> Floats:
         """``(2 + L + F,)``: what b, s, every a_l and every c_f are multiplied with."""
@@ -199,6 +200,8 @@ class LearnedPrices:
         added = self.weighted(weights)
         new = self._rows([c for c in predicted_front(self.prices.costs, added) if c not in known])
         new = new[self._totals(new, self.macs) + self.table.other_macs <= self.limit]
+        if self.slowest < inf:
+            new = new[[self.table.latency_ratio(choices) <= self.slowest for choices in new.tolist()]]
         if not len(new):
             return None
         losses = [np.array(layer) for layer in added]

@@ -18,11 +18,13 @@ from ranksearch.config import load_space
 from ranksearch.errors import LatencyError, SpaceError
 from ranksearch.latency import RUNTIMES, LatencyTable, checked, latencies, runner, with_latencies
 from ranksearch.latency.measured import timed
-from ranksearch.space import LatencySpec
+from ranksearch.space import LatencySpec, StrategySpec
+from ranksearch.strategies import Terms, build_strategy
 from ranksearch.strategies.hull import layer_costs, layer_losses
 from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.surgery import find_layers
-from ranksearch.table import Candidate, LayerPrices, PriceTable
+from ranksearch.table import PREDICTED, Candidate, LayerPrices, PriceTable
+from ranksearch.trial import Proposal, Trial
 
 SHAPE = (3, 16, 16)
 
@@ -152,6 +154,19 @@ def test_a_knapsack_over_latencies_takes_what_is_fast_for_its_error(table: Price
     best = {choices for choices, point in points.items() if not beaten(*point)}
     assert set(maps) == best
     assert layer_costs(found, "latency")[0] == [3_900_000, 1_000_000, 4_000_000]
+
+
+@pytest.mark.parametrize("strategy", ["knapsack", "greedy", "uniform", "auto"])
+def test_a_limit_on_the_latency_is_kept_by_what_is_proposed(table: PriceTable, strategy: str) -> None:
+    ms = {(): 4.0, (4, 4): 3.9, (16, 16): 1.0, (2,): 0.5}
+    found = with_latencies(table, given(table, lambda c: ms[c.ranks]), faster=False)
+    spec = StrategySpec(name=strategy, price=PREDICTED)
+    made = build_strategy(spec, Terms(seed=0, objectives=("accuracy", "macs"), max_latency_ratio=0.7))
+    trials: list[Trial] = []
+    while isinstance(proposal := made.propose(found, trials), Proposal):
+        assert found.latency_ratio(proposal.choices) <= 0.7
+        trials.append(Trial(number=len(trials), index=len(trials), proposal=proposal, state="RUNNING"))
+    assert trials
 
 
 def test_a_table_travels_as_a_file(table: PriceTable, network: nn.Module, tmp_path: Path) -> None:
