@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from math import ceil, floor, log10
+from math import ceil, floor, isfinite, log10
 from typing import Any
 
 from dash import Dash
@@ -49,13 +49,14 @@ class FirstLook(Dash):
 def svg(drawn: Mapping[str, Any]) -> str:
     """Dots and lines of a figure in Plotly's JSON types, of two numeric axes, as SVG that takes the text's colour."""
     traces, layout = drawn["data"], drawn["layout"]
-    xs = [float(x) for trace in traces for x in trace["x"]]
-    ys = [float(y) for trace in traces for y in trace["y"]]
-    across = _Axis(xs, _LEFT, _WIDTH - _RIGHT)
-    up = _Axis(ys, _HEIGHT - _BOTTOM, _TOP)
+    points = [
+        [pair for pair in zip(trace["x"], trace["y"], strict=True) if all(map(isfinite, pair))] for trace in traces
+    ]
+    across = _Axis([x for pairs in points for x, _ in pairs], _LEFT, _WIDTH - _RIGHT)
+    up = _Axis([y for pairs in points for _, y in pairs], _HEIGHT - _BOTTOM, _TOP)
     parts = [*_grid(layout, across, up)]
-    for trace in traces:
-        dots = [(across(float(x)), up(float(y))) for x, y in zip(trace["x"], trace["y"], strict=True)]
+    for trace, pairs in zip(traces, points, strict=True):
+        dots = [(across(x), up(y)) for x, y in pairs]
         colour = trace["marker"]["color"]
         if "line" in trace and dots:
             path = [dots[0]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Self
 
 from ray.util.metrics import Counter, Gauge
@@ -39,6 +39,7 @@ class Meter:
         self._gauges: dict[str, Gauge] = {}
         self._shown: dict[tuple[str, str], float] = {}
         """Gauge and state to the last value."""
+        self._showing = Lock()
         self._stopping = Event()
         self._repeater = Thread(target=self._repeat, name="meter", daemon=True)
 
@@ -107,14 +108,19 @@ class Meter:
             self._show("front", len(self._front))
 
     def _show(self, name: str, value: float, state: str = "") -> None:
-        self._shown[name, state] = value
-        self._gauges[name].set(value, {"state": state} if state else {})
+        with self._showing:
+            self._shown[name, state] = value
+            self._tell(name, state)
+
+    def _tell(self, name: str, state: str) -> None:
+        self._gauges[name].set(self._shown[name, state], {"state": state} if state else {})
 
     def _repeat(self) -> None:
         """Ray forgets a gauge's value once it was asked for it, and trials may take an hour."""
         while not self._stopping.wait(_REPEAT_S):
-            for (name, state), value in list(self._shown.items()):
-                self._show(name, value, state)
+            with self._showing:
+                for name, state in self._shown:
+                    self._tell(name, state)
 
     def _counter(self, name: str, about: str, *keys: str) -> Counter:
         made = Counter(name, about, ("study", *keys))
