@@ -51,7 +51,7 @@ class View:
     def __init__(self, study: Study, tracker: Tracker) -> None:
         self._study = study
         self._tracker = tracker
-        self._front: list[Trial] = []
+        self._front = study.growing_front()
         """Of the trials seen so far."""
         space = study.space
         tracker.start(
@@ -96,9 +96,7 @@ class View:
 
     def _has_run(self, trial: Trial) -> bool:
         """Whether a trial is among the first, or on the front as it ends; those of the last front all once were."""
-        if trial.feasible:
-            self._front = self._study.front_trials(sorted([*self._front, trial], key=lambda one: one.number))
-        return trial.number < self._study.space.tracking.max_runs or trial in self._front
+        return self._front.take(trial) or trial.number < self._study.space.tracking.max_runs
 
     def hypervolume(self, trials: int, value: float) -> None:
         """Write the hypervolume after so many trials, in the background."""
