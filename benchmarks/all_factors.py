@@ -1,0 +1,69 @@
+"""Refitting the last factor of every layer against refitting all of them, ResNet-20, no training; prints Markdown.
+
+Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.all_factors``, the folder as
+``search_spaces/resnet20-cifar10.yaml`` describes it. Of each format alone the knapsack's rank maps (by the predicted
+error) within 0.70, 0.50 and 0.35 of the MACs, activation-aware, each built twice on the same 512 images. Divergence from
+the dense outputs on 512 other training images; accuracy and loss on the 2,500 report images.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from ranksearch import load_space
+from ranksearch.evaluation import Evaluator, reproducible, score
+from ranksearch.preparation import factorise, located, make_bench, read_network, settle, silent, versions
+from ranksearch.storage import Store
+from ranksearch.strategies.knapsack import Knapsack
+
+SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
+FORMS = ("tucker2", "spatial-svd", "cp")
+TARGETS = (0.70, 0.50, 0.35)
+
+
+def rows(form: str, folder: Path) -> None:
+    """Print the rows of one format."""
+    settings = [f"formats=[{form}]", "evaluation.factors=activation-aware", "resources.engine=local"]
+    space, store = located(load_space(SPACE, settings), SPACE.parent), Store(folder)
+    network = read_network(space, store.cache, silent)
+    factors, failed = factorise(network, store.cache, silent)
+    bench = make_bench(
+        network, factors, settle(network, factors, failed, store.cache, silent), folder / form, store.cache, silent
+    )
+    maps = Knapsack().maps(bench.table)
+    for target in TARGETS:
+        choices = max((m for m in maps if bench.table.macs_ratio(m) <= target), key=bench.table.macs)
+        picked = {name: c for name, c in bench.table.picked(choices).items() if not c.dense}
+        found = []
+        for stages in ("last", "all"):
+            evaluation = space.evaluation.model_copy(update={"refit_stages": stages})
+            evaluator = Evaluator(replace(bench, space=space.model_copy(update={"evaluation": evaluation})))
+            with reproducible(1):
+                evaluator.build(picked)  # fits of the format are in the cache from here on
+                started = time.process_time()
+                built = evaluator.build(picked)
+                taken = time.process_time() - started
+                report = score(built.model, bench.data.report, bench.data, batch_images=128, device=evaluator.device)
+            found += [f"{built.divergence:.3f}", f"{100 * report.accuracy:.2f}", f"{report.loss:.3f}", f"{taken:.1f}"]
+        print(f"| {form} | {bench.table.macs_ratio(choices):.3f} | {' | '.join(found)} |", flush=True)
+
+
+def main() -> None:
+    """Print the table."""
+    print("# Refitting the last factor, and all of them\n\nPrinted by `python -m benchmarks.all_factors`.\n")
+    print("| | | last factor | | | | all factors | | | |\n|---|---|---|---|---|---|---|---|---|---|")
+    columns = "divergence | accuracy, % | loss | build, CPU s"
+    print(f"| format | MACs | {columns} | {columns} |")
+    with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as folder:
+        for form in FORMS:
+            rows(form, Path(folder))
+    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
+    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+
+
+if __name__ == "__main__":
+    main()
