@@ -2,7 +2,7 @@
 
 Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.all_factors``, the folder as
 ``search_spaces/resnet20-cifar10.yaml`` describes it. Of each format alone the knapsack's rank maps (by predicted
-error) within 0.70, 0.50 and 0.35 of the MACs, activation-aware, each built twice on the same 512 images. Divergence from
+error) within 0.70, 0.50 and 0.35 of the MACs, activation-aware, built twice on the same 512 images. Divergence from
 the dense outputs on 512 other training images; accuracy and loss on the 2,500 report images.
 """
 
