@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ranksearch.config import load_space
 from ranksearch.driver import Driver, Watch, finished, history, task_of
-from ranksearch.engine import build_engine, build_map
+from ranksearch.engine import Factory, build_engine, build_map
 from ranksearch.engine.resources import check
 from ranksearch.errors import Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, Evaluator
@@ -75,7 +75,7 @@ def search(
         with study.driving():
             with threads(_all_threads()):
                 bench = make_bench(network, factors, setting, study.weights_folder, store.cache, notify)
-            _run(study, bench, choices, tracker, notify, watch)
+            drive(study, bench, choices, tracker, notify, watch)
     return study
 
 
@@ -130,7 +130,7 @@ def resume(
             _, bench = bench_of(study, store, notify)
             choices = seed_choices(study.setting)
         with _tracking(study.space, store.folder) as tracker:
-            _run(study, bench, choices, tracker, notify, watch)
+            drive(study, bench, choices, tracker, notify, watch)
     return study
 
 
@@ -254,15 +254,15 @@ def _nearest_choices(table: PriceTable, rank_map: RankMap) -> tuple[int, ...]:
     return tuple(choices)
 
 
-def _run(
+def drive(
     study: Study,
-    bench: Bench | None,
+    factory: Factory | None,
     choices: Sequence[tuple[int, ...]],
     tracker: Tracker | None,
     notify: Notify,
     watch: Watch | None,
 ) -> None:
-    """Drive the engine until the budget is used up, MLflow following; without a bench only MLflow is brought on."""
+    """Drive the engine until the budget is used up, MLflow following; without evaluators only MLflow is brought on."""
     view = None
     if tracker is not None:
         from ranksearch.tracking import View
@@ -271,9 +271,9 @@ def _run(
     driver = Driver(study, _strategy(study.space, choices), view=view, watch=watch)
     status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
     try:
-        if bench is not None:
+        if factory is not None:
             notify("starting the workers", 0, 1)
-            build_engine(study.space.resources).run(bench, driver)
+            build_engine(study.space.resources).run(factory, driver)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -247,6 +247,8 @@ class ResourcesSpec(Section):
     """CPU threads of a trial. Results depend on it in the last bits, so it does not follow the machine."""
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
     """Share of a GPU that a trial takes; 0 runs on the CPU."""
+    trial_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall time of one trial: one that takes longer fails. No limit by default."""
     address: str = "local"
     """Ray cluster to run on; ``local`` starts one on this machine."""
 

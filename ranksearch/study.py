@@ -1,22 +1,22 @@
 """The study: the one record of a search's trials, in Optuna's durable storage, and what can be read from it.
 
 Only the driver writes. A trial is created RUNNING with its proposal and finished with its outcome or its reason, so a
-driver killed at any moment loses at most what ran; :meth:`Study.recover` mends that at the next start.
+driver killed at any moment loses at most what ran; :meth:`Study.recover` mends that at the next start. While the
+storage is away the driver waits, the result that it could not record kept in a file, the spool.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage
@@ -24,9 +24,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch.errors import StudyError
 from ranksearch.front import hypervolume, non_dominated
+from ranksearch.lock import DatabaseLock, lock_folder
+from ranksearch.patience import Patience
 from ranksearch.rankmap import RankMap
 from ranksearch.setting import Setting
 from ranksearch.space import Space
+from ranksearch.spool import Spool
 from ranksearch.strategies.funnel import RANGES
 from ranksearch.table import PriceTable
 from ranksearch.trial import (
@@ -47,37 +50,25 @@ if TYPE_CHECKING:
 
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
+T = TypeVar("T")
+
 INTERRUPTED = "interrupted: the driver ended before the trial did"
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Take the right to write a study, held until the file that is returned is closed or the process ends.
-
-    Raises:
-        BlockingIOError: another process has it; the message names that.
-    """
-    file = (folder / "driver.lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}")
-        file.flush()
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise BlockingIOError(holder) from error
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 class Study:
     """One search: its setting, its trials and its front."""
 
     def __init__(
-        self, name: str, folder: Path, storage: BaseStorage, study_id: int, setting: Setting, uid: str
+        self,
+        name: str,
+        folder: Path,
+        storage: BaseStorage,
+        study_id: int,
+        setting: Setting,
+        uid: str,
+        *,
+        patience: Patience | None = None,
+        lock: DatabaseLock | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -87,6 +78,9 @@ class Study:
         self._storage = storage
         self._study_id = study_id
         self._ids: dict[int, int] = {}
+        self._lasting = patience or Patience(name, seconds=0.0, away=lambda error: False)
+        self._lock = lock
+        self._spool = Spool(folder / "spool.jsonl")
 
     @property
     def space(self) -> Space:
@@ -107,17 +101,23 @@ class Study:
     def driving(self) -> Iterator[None]:
         """Hold the right to write: one driver a study; raises :class:`StudyError` where another one holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = lock_folder(self.folder)
-        except BlockingIOError as error:
-            raise StudyError(
-                f"a study must have one driver at a time, {self.name} is driven by process {error}. "
-                "Wait for it, or stop it."
-            ) from error
-        with file:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock_folder(self.folder))
+                if self._lock is not None:
+                    stack.enter_context(self._lock.held())
+            except BlockingIOError as error:
+                raise StudyError(
+                    f"a study must have one driver at a time, {self.name} is driven by process {error}. "
+                    "Wait for it, or stop it."
+                ) from error
             yield
 
     # Writing: the driver only.
+
+    def _write(self, act: Callable[[bool], T]) -> T:
+        """Write to the storage, or wait for it; ``act`` is told whether it was tried before, and so may be done."""
+        return self._lasting(act, self._lock.renew if self._lock is not None else lambda: None)
 
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
@@ -126,8 +126,14 @@ class Study:
         if proposal.funnel:
             attrs |= {"choices": list(proposal.choices), "settings": proposal.settings}
         template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
-        trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
-        number = self._storage.get_trial_number_from_id(trial_id)
+
+        def create(again: bool) -> tuple[int, int]:
+            # The connection may have been lost after the trial was made.
+            made = self._made(index, attempt) if again else None
+            trial_id = made if made is not None else self._storage.create_new_trial(self._study_id, template)
+            return trial_id, self._storage.get_trial_number_from_id(trial_id)
+
+        trial_id, number = self._write(create)
         self._ids[number] = trial_id
         return Trial(
             number=number,
@@ -138,9 +144,32 @@ class Study:
             start_ms=_ms(template.datetime_start),
         )
 
+    def _made(self, index: int, attempt: int) -> int | None:
+        """The storage's number of this try of a proposal, where it is there."""
+        found = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        tries = (t for t in found if (t.user_attrs.get("index"), t.user_attrs.get("attempt")) == (index, attempt))
+        return next((t._trial_id for t in tries), None)
+
     def finish(self, trial: Trial, result: Outcome | Failure) -> Trial:
-        """Record what came of a RUNNING trial."""
+        """Record what came of a RUNNING trial; while the storage is away it is kept in the spool."""
+        spooled = False
+
+        def record(again: bool) -> Trial:
+            nonlocal spooled
+            if again and not spooled:
+                spooled = self._spool.put(trial, result)
+            return self._record(trial, result, again)
+
+        ended = self._write(record)
+        if spooled:
+            self._spool.drop(trial)
+        return ended
+
+    def _record(self, trial: Trial, result: Outcome | Failure, again: bool) -> Trial:
+        """Record a result; ``again`` says that this was tried before."""
         trial_id = self._ids[trial.number]
+        if again and (found := self._storage.get_trial(trial_id)).state.is_finished():
+            return self._trial(found)
         if isinstance(result, Failure):
             retry = result.interrupted and (trial.attempt == 0 or self._moved_on(trial))
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
@@ -171,18 +200,23 @@ class Study:
     def recover(self, reason: str = INTERRUPTED) -> list[Trial]:
         """End the trials that a killed or stopped driver left RUNNING; returns them.
 
-        Those whose outcome was recorded are complete; the others fail for ``reason``, and are to be tried once more.
+        Those whose outcome was recorded, or is in the spool, are complete; the others fail for ``reason``, and are to
+        be tried once more.
         """
+        spooled = self._spool.read()
         ended = []
         for trial in self.trials():
             if trial.state == "RUNNING":
-                frozen = self._storage.get_trial(self._ids[trial.number])
-                outcome = frozen.user_attrs.get("outcome")
-                if outcome is not None:
-                    ended.append(self._complete(trial, self._ids[trial.number], Outcome.from_json(outcome)))
-                else:
-                    ended.append(self.finish(trial, Failure(reason=reason, interrupted=True)))
+                recorded = self._write(partial(self._attrs, trial))
+                outcome = recorded.get("outcome")
+                result = spooled.get(trial.number, Failure(reason=reason, interrupted=True))
+                ended.append(self.finish(trial, result if outcome is None else Outcome.from_json(outcome)))
+        self._spool.clear()
         return ended
+
+    def _attrs(self, trial: Trial, _again: bool) -> dict[str, Any]:
+        """What the storage has of a trial beside its parameters."""
+        return dict(self._storage.get_trial(self._ids[trial.number]).user_attrs)
 
     def extend(self, trials: int) -> None:
         """Change how many proposals the search may try, to no fewer than it has; :class:`StudyError` below one."""
@@ -192,7 +226,8 @@ class Study:
         budget = self.space.budget.model_copy(update={"trials": max(trials, made)})
         changed = {**self.setting.__dict__, "space": self.space.model_copy(update={"budget": budget})}
         self.setting = Setting(**changed)
-        self._storage.set_study_user_attr(self._study_id, "ranksearch", json.dumps(self.setting.to_json()))
+        document = json.dumps(self.setting.to_json())
+        self._write(lambda _: self._storage.set_study_user_attr(self._study_id, "ranksearch", document))
 
     # Reading.
 
@@ -202,7 +237,7 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """Every trial, in order of numbers."""
-        frozen = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        frozen = self._lasting(lambda _: self._storage.get_all_trials(self._study_id, deepcopy=False))
         return [self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
 
     def _trial(self, frozen: FrozenTrial) -> Trial:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from ranksearch.engine.limit import Overdue, limited
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Signal, Task
 
@@ -62,7 +63,7 @@ def build_engine(spec: ResourcesSpec) -> Engine:
         return RayEngine(spec)
     from ranksearch.engine.local import LocalEngine
 
-    return LocalEngine()
+    return LocalEngine(limit_s=limit_s(spec))
 
 
 def build_map(spec: ResourcesSpec) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
@@ -80,14 +81,33 @@ def build_map(spec: ResourcesSpec) -> Callable[[Callable[[Any], Any], Iterable[A
     return builtins.map if spec.gpus_per_trial else over_processes(spec.workers or cpus // spec.cpus_per_trial)
 
 
-def attempt(evaluate: Evaluate, task: Task) -> Outcome | Failure:
+def limit_s(spec: ResourcesSpec) -> float | None:
+    """How many seconds a trial may take."""
+    return None if spec.trial_minutes is None else 60 * spec.trial_minutes
+
+
+def overdue(limit_s: float) -> Failure:
+    """Of a trial that took longer than it may: it would again, so it is not tried once more."""
+    return Failure(reason=f"it took longer than resources.trial_minutes={limit_s / 60:g}")
+
+
+def attempt(evaluate: Evaluate, task: Task, *, limit_s: float | None = None, deadly: bool = False) -> Outcome | Failure:
     """What came of one task; an error of its computation, out of memory included, is a failure with its reason.
 
     An error of the system (a full disk, a file server that is away) says nothing about the task: it counts as an
     interruption.
+
+    Args:
+        evaluate: scores the task.
+        task: what to score.
+        limit_s: how long it may take.
+        deadly: whether a task that cannot be interrupted then takes the process along.
     """
     try:
-        return evaluate(task)
+        with limited(limit_s, deadly=deadly):
+            return evaluate(task)
+    except Overdue:
+        return overdue(limit_s or 0.0)
     except Exception as error:
         # safetensors tells of a full disk in an error of its own.
         interrupted = isinstance(error, OSError) or "No space left" in str(error)

@@ -14,14 +14,16 @@ import math
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from ranksearch.engine import Evaluate, Factory, Source, attempt, reason
+from ranksearch.engine import Evaluate, Factory, Source, attempt, limit_s, overdue, reason
 from ranksearch.engine.cluster import cluster, nodes, quiet
+from ranksearch.engine.limit import GRACE_S
 from ranksearch.engine.resources import workers
 from ranksearch.errors import EngineError
 from ranksearch.space import ResourcesSpec
@@ -33,6 +35,8 @@ _REPORT_SECONDS = 0.5
 """How long a finished task may wait to be reported together with the next."""
 _IDLE_SECONDS = 5.0
 """How often a worker without tasks shows that it is alive."""
+_NODES_SECONDS = 2.0
+"""How often the machines of the cluster are counted."""
 _FRUITLESS_WORKERS = 3
 """How many workers in a row may die before their first result."""
 
@@ -56,8 +60,8 @@ class RayEngine:
 def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any) -> None:
     """Run Tune, in a folder that is left to nobody, until the source is DONE."""
     resources = {"cpu": float(spec.cpus_per_trial), "gpu": spec.gpus_per_trial}
-    worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox)
-    dispatcher = _Dispatcher(source, workers(spec, nodes()), mailbox)
+    worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox, limit_s=limit_s(spec))
+    dispatcher = _Dispatcher(source, _Capacity(spec), mailbox, limit_s(spec))
     with tempfile.TemporaryDirectory(prefix="ranksearch-tune-") as folder:
         tune.Tuner(
             tune.with_resources(worker, resources),
@@ -72,6 +76,27 @@ def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any) ->
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+
+
+class _Capacity:
+    """How many workers the cluster holds now: machines come and go while a search runs.
+
+    Raises:
+        EngineError: when it is made, not even one worker fits, or fewer than asked for.
+    """
+
+    def __init__(self, spec: ResourcesSpec) -> None:
+        self._spec = spec
+        self._count = workers(spec, nodes())
+        self._counted = time.monotonic()
+
+    def __call__(self) -> int:
+        """As many as asked for, or as many as fit the machines that are there; at least as many as once did."""
+        if self._spec.workers is None and time.monotonic() - self._counted > _NODES_SECONDS:
+            self._counted = time.monotonic()
+            with suppress(EngineError):  # a worker that lost its machine waits until another one joins
+                self._count = max(self._count, workers(self._spec, nodes()))
+        return self._count
 
 
 class _Stopped(BaseException):
@@ -103,10 +128,17 @@ class _Mailbox:
 class _Worker(tune.Trainable):
     """One worker: network, data and factors stay warm as long as it lives."""
 
-    def setup(self, config: dict[str, Any], factory: Factory | None = None, mailbox: Any = None) -> None:
+    def setup(
+        self,
+        config: dict[str, Any],
+        factory: Factory | None = None,
+        mailbox: Any = None,
+        limit_s: float | None = None,
+    ) -> None:
         """Make the evaluator; where that fails, the first step tells. Tune fills in what ``with_parameters`` gave."""
         self._name: str = config["worker"]
         self._mailbox = mailbox
+        self._limit_s = limit_s
         self._queue: list[Task] = []
         self._ready = False
         self._broken: str | None = None
@@ -132,24 +164,27 @@ class _Worker(tune.Trainable):
         results: list[tuple[int, Outcome | Failure]] = []
         while self._queue and time.monotonic() - start < _REPORT_SECONDS:
             task = self._queue.pop(0)
-            results.append((task.number, attempt(self._evaluate, task)))
+            results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=True)))
         return {"results": results, "seconds": time.monotonic() - start, "done": False}
 
 
 class _Dispatcher(Searcher):
     """Starts workers, keeps them in tasks, and hands results to the source; runs in the driver."""
 
-    def __init__(self, source: Source, workers: int, mailbox: Any) -> None:
+    def __init__(self, source: Source, capacity: _Capacity, mailbox: Any, limit_s: float | None) -> None:
         super().__init__()
         self._source = source
-        self._workers = workers
+        self._capacity = capacity
         self._mailbox = mailbox
+        self._limit_s = limit_s
         self._running: dict[str, dict[int, Task]] = {}
         """Worker to the tasks it has, by number."""
         self._starting: set[str] = set()
         """Workers that have not reported yet: they may still wait for resources, so they get no tasks."""
         self._proven: set[str] = set()
         """Workers that have had a result."""
+        self._heard: dict[str, float] = {}
+        """When a worker was last sent tasks or heard of, seconds."""
         self._fruitless = 0
         """How many workers in a row died before they had a result."""
         self._ready: list[Task] = []
@@ -167,7 +202,7 @@ class _Dispatcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """Start a worker where one is missing and there is a task for it."""
         wanted = len(self._starting) + 1
-        if len(self._running) < self._workers and self._refill(wanted) and len(self._ready) >= wanted:
+        if len(self._running) < self._capacity() and self._refill(wanted) and len(self._ready) >= wanted:
             self._running[trial_id] = {}
             self._starting.add(trial_id)
             return {"worker": trial_id}
@@ -176,6 +211,7 @@ class _Dispatcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record what a worker reports, and keep all workers in tasks."""
         self._starting.discard(trial_id)
+        self._heard[trial_id] = time.monotonic()
         self._record(trial_id, result)
         self._feed()
 
@@ -186,14 +222,24 @@ class _Dispatcher(Searcher):
         self._starting.discard(trial_id)
         lost = self._running.pop(trial_id, {})
         if error:
-            self._fruitless += trial_id not in self._proven
-            self._chunk, self._alone = 1, self._alone + len(lost)
+            overran = len(lost) == 1 and self._overran(trial_id)
+            self._chunk, self._alone = 1, self._alone + (0 if overran else len(lost))
+            died = Failure(reason="its worker died (killed, or out of memory)", interrupted=True)
             for task in lost.values():
-                self._done(task, Failure(reason="its worker died (killed, or out of memory)", interrupted=True))
+                self._done(task, overdue(self._limit_s or 0.0) if overran else died)
         self._feed()
 
-    def died(self, cause: str) -> None:
-        """Hear why a worker died, after ``on_trial_complete``; end the search where no worker gets anywhere."""
+    def _overran(self, worker: str) -> bool:
+        """Whether a worker that died was silent for so long that it must have ended itself at the time limit."""
+        silent = time.monotonic() - self._heard.get(worker, math.inf)
+        return self._limit_s is not None and silent >= self._limit_s + GRACE_S
+
+    def died(self, worker: str, cause: str) -> None:
+        """Hear why a worker died, after ``on_trial_complete``; end the search where no worker gets anywhere.
+
+        That its machine was lost says nothing of the worker.
+        """
+        self._fruitless += worker not in self._proven and "node has died" not in cause
         if self._fruitless >= _FRUITLESS_WORKERS:
             raise _Stopped(
                 EngineError(
@@ -244,7 +290,7 @@ class _Dispatcher(Searcher):
         Cheap tasks are taken ahead for all the workers, so that they can be dealt out evenly; dear ones never, since
         a strategy proposes better the more outcomes it has seen.
         """
-        wanted = idle + (self._chunk - 1) * self._workers
+        wanted = idle + (self._chunk - 1) * self._capacity()
         while len(self._ready) < wanted and not self._exhausted:
             try:
                 tasks = self._source.take(wanted - len(self._ready))
@@ -262,10 +308,11 @@ class _Dispatcher(Searcher):
 
     def _send(self, worker: str) -> None:
         """Send a worker its share of the ready tasks."""
-        count = 1 if self._alone else min(self._chunk, math.ceil(len(self._ready) / self._workers))
+        count = 1 if self._alone else min(self._chunk, math.ceil(len(self._ready) / self._capacity()))
         tasks, self._ready = self._ready[:count], self._ready[count:]
         self._alone = max(0, self._alone - count)
         self._running[worker] = {task.number: task for task in tasks}
+        self._heard[worker] = time.monotonic()
         self._mailbox.put.remote(worker, tasks)
 
     def _done(self, task: Task, result: Outcome | Failure) -> None:
@@ -299,4 +346,4 @@ class _Coroner(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker died."""
         error = trial.get_pickled_error()
-        self._dispatcher.died(reason(error) if error is not None else "unknown")
+        self._dispatcher.died(trial.trial_id, reason(error) if error is not None else "unknown")

@@ -1,0 +1,53 @@
+"""A time limit of one trial: its computation is interrupted, or where that is deaf to it, its process ended."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+GRACE_S = 10.0
+"""How long after the limit a process that cannot be interrupted is ended."""
+
+
+class Overdue(BaseException):
+    """A computation took longer than it may; no ``except Exception`` on its way holds it up."""
+
+
+@contextmanager
+def limited(seconds: float | None, *, deadly: bool = False) -> Iterator[None]:
+    """Raise :class:`Overdue` in the block after so many seconds; None never does.
+
+    Python code is interrupted between two steps, a wait or a sleep at once. Other threads than the main one cannot be.
+
+    Args:
+        seconds: the limit.
+        deadly: whether to end the process where it has not left the block ``GRACE_S`` after the limit, as where one
+            call into a library never returns.
+    """
+    if seconds is None:
+        yield
+        return
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, _raise) if here else None
+    with open(os.devnull, "w") as silence:
+        try:
+            if deadly:
+                faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=silence)
+            if here:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            if here:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            if deadly:
+                faulthandler.cancel_dump_traceback_later()
+
+
+def _raise(_number: int, _frame: FrameType | None) -> None:
+    raise Overdue
