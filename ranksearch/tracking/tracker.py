@@ -1,7 +1,7 @@
 """MLflow: a view of the search, written by the driver alone; the study stays the record of trials.
 
-One run per search, with a nested run per trial. A background thread writes, so that the search never waits for the
-store; what cannot be written is kept and tried again, and at the next resume ``sync`` fills what is still missing.
+One run per search, with a nested run per trial. A background thread writes, so that the search does not wait for the
+store, unless it is far ahead of it; what cannot be written is kept and tried again, and at the next resume ``sync`` fills what is still missing.
 Runs are found again by their tags ``ranksearch.study`` and ``ranksearch.trial``, so nothing is written twice.
 """
 
@@ -88,6 +88,8 @@ class Tracker:
         """Trials whose run says that they are on the front."""
         self._steps: set[int] = set()
         """Trials at which the hypervolume is recorded."""
+        self._points: list[Metric] = []
+        """Hypervolumes that are not written yet: appended here, taken away by the writer."""
         self._release = use_write_ahead_log(folder / "mlflow.db") if spec.uri is None else None
         try:
             with explained(self.uri):
@@ -161,8 +163,9 @@ class Tracker:
         """Record the front's hypervolume after ``step`` trials, through the background thread; once for each step."""
         if step not in self._steps and isfinite(value):
             self._steps.add(step)
-            metric = Metric("hypervolume", value, _now_ms(), step)
-            self._writer.submit(partial(self._log_metric, metric))
+            self._points.append(Metric("hypervolume", value, _now_ms(), step))
+            if len(self._points) == 1:  # else a job that will write it is waiting, or at work
+                self._writer.submit(self._log_points)
 
     def finish(
         self,
@@ -269,8 +272,11 @@ class Tracker:
             self._on_front.add(record.number)
         self._client.set_terminated(run_id, record.status, record.end_ms)
 
-    def _log_metric(self, metric: Metric, _again: bool) -> None:
-        self._client.log_batch(self._parent, metrics=[metric])
+    def _log_points(self, _again: bool) -> None:
+        """Write the hypervolumes that are waiting, many in one call. Those of a call that failed stay."""
+        while points := self._points[:_METRICS_PER_BATCH]:
+            self._client.log_batch(self._parent, metrics=points)
+            del self._points[: len(points)]
 
     def _end_orphan(self, run_id: str, _again: bool) -> None:
         self._client.set_terminated(run_id, "KILLED")

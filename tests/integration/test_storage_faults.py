@@ -1,0 +1,263 @@
+"""What a search survives of its storage: a database and an MLflow server that go away, a full disk, another driver.
+
+Every driver is a process of its own, PostgreSQL and the MLflow server are real ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ranksearch.errors import StudyError
+from tests.driving import NAME, Plan, check_mlflow, check_study
+from tests.services import MlflowServer, Postgres, postgres
+from tests.studies import setting_of
+
+pytestmark = [pytest.mark.xdist_group("postgres"), pytest.mark.slow]
+AWAY_SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[Postgres]:
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mlflow(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"), database.url("mlflow"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def plan(folder: Path, storage: str | Path, *, trials: int, uri: str | None = None, **more: object) -> Plan:
+    tracking = {"enabled": False} if uri is None else {"uri": uri, "experiment": folder.name}
+    sections = {
+        "budget": {"trials": trials},
+        "strategy": {"name": "random", "batch": 4},
+        "tracking": tracking,
+    }
+    return Plan(folder=str(folder), storage=str(storage), sections=sections, **more)  # type: ignore[arg-type]
+
+
+def test_a_database_that_crashes_for_half_a_minute(database: Postgres, mlflow: MlflowServer, tmp_path: Path) -> None:
+    """The study and MLflow's records are both in it."""
+    search = plan(tmp_path, database.url("crash"), trials=60, uri=mlflow.uri, seconds=0.2)
+    driver = search.start()
+    try:
+        search.wait(12, driver)
+        database.crash()
+        time.sleep(AWAY_SECONDS)
+        assert driver.poll() is None, search.log
+        assert search.evaluated() <= 14, "what cannot be recorded is not begun"
+        database.start()
+        assert driver.wait(200) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+        if not database._answers():
+            database.start()
+    trials = check_study(search.study(), 60)
+    assert {trial.state for trial in trials} == {"COMPLETE"}
+    assert len(search.study().trials()) == 60, "no trial was cut short"
+    assert "does not answer" in search.log
+    assert "answers again" in search.log
+    assert "postgres@" not in search.log, "nothing of the database's user and password is told"
+    search.finish()
+    check_mlflow(mlflow.uri, search.study())
+
+
+def test_an_mlflow_server_that_is_killed_for_half_a_minute(
+    database: Postgres, mlflow: MlflowServer, tmp_path: Path
+) -> None:
+    search = plan(tmp_path, tmp_path, trials=80, uri=mlflow.uri, seconds=0.4)
+    driver = search.start()
+    try:
+        search.wait(8, driver)
+        mlflow.stop(signal.SIGKILL)
+        time.sleep(AWAY_SECONDS)
+        assert driver.poll() is None, search.log
+        assert search.evaluated() > 30, "the search does not wait for MLflow"
+        mlflow.start()
+        assert driver.wait(200) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+        if not mlflow._answers():
+            mlflow.start()
+    check_study(search.study(), 80)
+    check_mlflow(mlflow.uri, search.study())
+
+
+def test_a_result_that_cannot_be_recorded_in_time_is_spooled_and_replayed(database: Postgres, tmp_path: Path) -> None:
+    search = plan(tmp_path, database.url("spool"), trials=8, seconds=1.0, patience_s=2.0)
+    driver = search.start()
+    try:
+        search.wait(3, driver)
+        database.crash()
+        assert driver.wait(200) != 0
+    finally:
+        driver.kill()
+        driver.wait()
+        database.start()
+    assert "StudyError" in search.log
+    assert "can be resumed" in search.log
+    (spool,) = tmp_path.glob(f"**/studies/{NAME}/spool.jsonl")
+    before = search.evaluated()
+    search.finish()
+    trials = check_study(search.study(), 8)
+    assert {trial.state for trial in trials} == {"COMPLETE"}
+    assert len(search.study().trials()) == 8, "the spooled trial was not tried again"
+    assert search.evaluated() == 8 == before + 5
+    assert not spool.exists()
+
+
+def test_a_driver_killed_while_its_database_is_away_loses_no_result(database: Postgres, tmp_path: Path) -> None:
+    search = plan(tmp_path, database.url("killed"), trials=6, seconds=1.0)
+    driver = search.start()
+    try:
+        search.wait(3, driver)
+        database.crash()
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob(f"**/studies/{NAME}/spool.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        driver.kill()
+        driver.wait()
+        database.start()
+    search.finish()
+    assert {trial.state for trial in check_study(search.study(), 6)} == {"COMPLETE"}
+    assert search.evaluated() == 6
+
+
+@pytest.mark.parametrize("where", ["journal", "database"])
+def test_of_two_drivers_the_second_is_refused_and_a_stale_lock_is_taken_over(
+    where: str, database: Postgres, tmp_path: Path
+) -> None:
+    storage = tmp_path if where == "journal" else database.url("drivers")
+    search = plan(tmp_path, storage, trials=12, seconds=0.5)
+    # Another machine: it has neither the home nor the files of the first.
+    other = tmp_path if where == "journal" else tmp_path / "elsewhere"
+    second = plan(other, storage, trials=12, seconds=0.5)
+    driver = search.start()
+    try:
+        search.wait(2, driver)
+        refused = second.start()
+        assert refused.wait(200) != 0
+        holder = (
+            rf"driven by process {driver.pid} on {re.escape(os.uname().nodename)} since 20\d\d-\d\d-\d\d [\d:]+ UTC"
+        )
+        assert re.search(holder, second.log), second.log
+        assert driver.poll() is None, "the first goes on"
+    finally:
+        driver.kill()
+        driver.wait()
+    second.finish()
+    check_study(second.study(), 12)
+
+
+def test_a_driver_whose_study_was_taken_over_while_the_database_was_away_stops(
+    database: Postgres, tmp_path: Path
+) -> None:
+    """The first is stopped in its tracks, as if its machine had been cut off, until a second one has the study."""
+    storage = database.url("fenced")
+    first = plan(tmp_path / "first", storage, trials=12, seconds=0.3)
+    second = plan(tmp_path / "second", storage, trials=12, seconds=0.3)
+    driver = first.start()
+    try:
+        first.wait(3, driver)
+        driver.send_signal(signal.SIGSTOP)
+        database.crash()
+        database.start()
+        other = second.start()
+        try:
+            second.wait(2, other)
+            driver.send_signal(signal.SIGCONT)
+            assert driver.wait(200) != 0
+            assert other.wait(200) == 0, second.log
+        finally:
+            other.kill()
+            other.wait()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert f"taken over by process {other.pid} on" in first.log
+    check_study(second.study(), 12)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that leaves no room."""
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        try:
+            while True:
+                file.write(b"\0" * 1024)
+                file.flush()
+        except OSError:
+            pass
+    return ballast
+
+
+def test_a_disk_that_is_full_for_a_while(small_disk: Path, tmp_path: Path) -> None:
+    search = plan(tmp_path, small_disk, trials=30, seconds=0.2)
+    driver = search.start()
+    try:
+        search.wait(6, driver)
+        ballast = fill(small_disk)
+        time.sleep(4)
+        assert driver.poll() is None, search.log
+        assert "No space left" in search.log
+        ballast.unlink()
+        assert driver.wait(200) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+    check_study(search.study(), 30)
+    assert len(search.study().trials()) == 30
+
+
+def test_a_search_that_a_full_disk_ended_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
+    search = plan(tmp_path, small_disk, trials=20, seconds=0.2, patience_s=1.0)
+    driver = search.start()
+    try:
+        search.wait(6, driver)
+        ballast = fill(small_disk)
+        assert driver.wait(200) != 0
+    finally:
+        driver.kill()
+        driver.wait()
+    ballast.unlink()
+    search.finish()
+    check_study(search.study(), 20)
+
+
+def test_a_name_is_one_studys_on_all_machines(database: Postgres, tmp_path: Path) -> None:
+    url = database.url("names")
+    search = plan(tmp_path, url, trials=4)
+    search.store.create(NAME, setting_of(search.space))
+    with pytest.raises(StudyError, match="must have a new name"):
+        search.store.create(NAME, setting_of(search.space))
+    assert search.store.names() == [NAME]
