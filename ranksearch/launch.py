@@ -146,7 +146,7 @@ def ended(study: Study, trials: int) -> bool:
     if len(latest) >= trials:
         return True
     strategy = _strategy(study.space, seed_choices(study.setting))
-    return strategy.propose(study.setting.table, history(latest)) is DONE
+    return strategy.propose(study.setting.table, history(latest, study.space.objectives)) is DONE
 
 
 def open_study(name: str, *, storage: str | Path | None = None) -> Study:

@@ -1,8 +1,9 @@
 """MLflow: a view of the search, written by the driver alone; the study stays the record of trials.
 
 One run per search, with a nested run per trial. A background thread writes, so that the search does not wait for the
-store, unless it is far ahead of it; what cannot be written is kept and tried again, and at the next resume ``sync`` fills what is still missing.
-Runs are found again by their tags ``ranksearch.study`` and ``ranksearch.trial``, so nothing is written twice.
+store, unless it is far ahead of it; what cannot be written is kept and tried again, and at the next resume ``sync``
+fills what is still missing. Runs are found again by their tags ``ranksearch.study`` and ``ranksearch.trial``, so
+nothing is written twice.
 """
 
 from __future__ import annotations
