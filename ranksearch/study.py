@@ -115,9 +115,20 @@ class Study:
 
     # Writing: the driver only.
 
-    def _write(self, act: Callable[[bool], T]) -> T:
-        """Write to the storage, or wait for it; ``act`` is told whether it was tried before, and so may be done."""
-        return self._lasting(act, self._lock.renew if self._lock is not None else lambda: None)
+    def _write(self, act: Callable[[bool], T], lost: Callable[[], None] = lambda: None) -> T:
+        """Write to the storage, or wait for it.
+
+        Args:
+            act: told whether it was tried before, and so may be done.
+            lost: called before every further try.
+        """
+
+        def renew() -> None:
+            lost()
+            if self._lock is not None:
+                self._lock.renew()
+
+        return self._lasting(act, renew)
 
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
@@ -154,13 +165,11 @@ class Study:
         """Record what came of a RUNNING trial; while the storage is away it is kept in the spool."""
         spooled = False
 
-        def record(again: bool) -> Trial:
+        def spool() -> None:
             nonlocal spooled
-            if again and not spooled:
-                spooled = self._spool.put(trial, result)
-            return self._record(trial, result, again)
+            spooled = spooled or self._spool.put(trial, result)
 
-        ended = self._write(record)
+        ended = self._write(partial(self._record, trial, result), spool)
         if spooled:
             self._spool.drop(trial)
         return ended
