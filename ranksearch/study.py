@@ -135,7 +135,7 @@ class Study:
         params, distributions = _parameters(proposal, self.setting.table)
         attrs = {"index": index, "attempt": attempt, "origin": proposal.origin, "note": proposal.note}
         if proposal.funnel:
-            attrs |= {"choices": list(proposal.choices), "settings": proposal.settings}
+            attrs |= {"choices": list(proposal.choices), "settings": proposal.settings, "stamp": self._stamp(index)}
         template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
 
         def create(again: bool) -> tuple[int, int]:
@@ -190,11 +190,19 @@ class Study:
 
     def _moved_on(self, trial: Trial) -> bool:
         """Whether a funnel run has left a checkpoint since this try began: then another one gets further."""
-        checkpoint = self.checkpoints_folder / checkpoint_name(trial.index)
-        try:
-            return 1000 * checkpoint.stat().st_mtime > trial.start_ms
-        except OSError:
+        if not trial.proposal.funnel:
             return False
+        return self._stamp(trial.index) not in (0, self._attrs(trial, False).get("stamp", 0))
+
+    def _stamp(self, index: int) -> int:
+        """When a proposal's checkpoint was written, in nanoseconds; 0 without one.
+
+        Only whether it changed counts, since a clock may jump.
+        """
+        try:
+            return (self.checkpoints_folder / checkpoint_name(index)).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _complete(self, trial: Trial, trial_id: int, outcome: Outcome) -> Trial:
         limits = self.constraints(outcome)
