@@ -34,7 +34,7 @@ from ray.cluster_utils import Cluster
 
 from ranksearch.preparation import versions
 from tests.driving import Plan
-from tests.services import MlflowServer, Postgres, postgres
+from tests.services import MlflowServer, Postgres, patient, postgres
 
 PAUSE_S = (2.0, 6.0)
 """Least and most time from one fault to the next."""
@@ -52,7 +52,7 @@ class Chaos:
         self._database = database
         self._mlflow = mlflow
         self._rng = np.random.default_rng(seed)
-        self._machines = [cluster.add_node(num_cpus=2) for _ in range(2)]
+        self._machines = [self._machine() for _ in range(2)]
         self._driver: subprocess.Popen[bytes] | None = None
         self.faults: Counter[str] = Counter()
         self.drivers = 0
@@ -91,7 +91,10 @@ class Chaos:
     def kill_machine(self) -> None:
         at = int(self._rng.integers(len(self._machines)))
         self._cluster.remove_node(self._machines[at], allow_graceful=False)
-        self._machines[at] = self._cluster.add_node(num_cpus=2)
+        self._machines[at] = self._machine()
+
+    def _machine(self) -> Any:
+        return patient(lambda: self._cluster.add_node(num_cpus=2))
 
     def crash_database(self) -> None:
         self._database.crash()
@@ -165,7 +168,8 @@ def main() -> None:
     with postgres() as database, tempfile.TemporaryDirectory(prefix="ranksearch-chaos-") as folder:
         mlflow = MlflowServer(Path(folder), database.url("mlflow"))
         mlflow.start()
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        head = {"num_cpus": 0, "include_dashboard": False}
+        cluster = patient(lambda: Cluster(initialize_head=True, head_node_args=head))
         try:
             for seed in range(seeds):
                 rows.append(measured(seed, trials, Path(folder, str(seed)), cluster, database, mlflow))

@@ -101,8 +101,8 @@ def main() -> None:
     found = versions()
     machine = f"{found.pop('platform')}, {found.pop('cores')} cores"
     print("# The driver as a study grows\n")
-    print("`python -m benchmarks.driver_scale` says in its first lines what is measured. Medians of 100 proposals, each with "
-          "the recording of its trial's begin; *recording* is that of its end.\n")  # fmt: skip
+    print("`python -m benchmarks.driver_scale` says in its first lines what is measured. Medians of 100 proposals, "
+          "each with the recording of its trial's begin; *recording* is that of its end.\n")  # fmt: skip
     print(f"Machine: {machine}. Versions: {', '.join(f'{k} {v}' for k, v in found.items())}.\n")
     print(
         f"| workers | | ms at trial {EARLY:,} | ms at trial {trials:,} | ratio |\n|---:|---|---:|---:|---:|", flush=True

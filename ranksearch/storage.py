@@ -9,6 +9,7 @@ import re
 import shutil
 import uuid
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -19,7 +20,8 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
+from optuna.storages.journal._storage import JournalOperation
 from optuna.study import StudyDirection
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 
@@ -227,7 +229,9 @@ class Store:
                 if self.url:
                     # No ``pool_pre_ping``: a connection that was lost is to be heard of, since the lock went with it.
                     options = _POSTGRESQL if self.url.startswith("postgresql") else {}
-                    return RDBStorage(self.url, engine_kwargs={"connect_args": options})
+                    storage = RDBStorage(self.url, engine_kwargs={"connect_args": options})
+                    weakref.finalize(storage, storage.engine.dispose)  # else its connections are left to the collector
+                    return storage
                 return JournalStorage(_Journal(journal))
             except OSError as error:
                 raise StudyError(f"cannot open the study's storage {journal}: {error}. Check the folder.") from error
@@ -299,16 +303,33 @@ def is_away(error: Exception) -> bool:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file, whose last line is whole before another is added, also after the disk was full."""
+    """Optuna's journal file, with a third of the waiting for the disk, and in order also after the disk was full.
+
+    The disk is waited for where a trial ends, which makes what was written of it before safe as well. A killed driver
+    loses nothing of what it wrote; a machine that loses power may lose trials that had not ended.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path), lock_obj=_FileLock(path))
+        self._lock_file = _FileLock(path)
+        super().__init__(str(path), lock_obj=self._lock_file)
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Add lines; see Optuna's."""
-        _mend(self._path)
-        super().append_logs(logs)
+        _mend(self._path)  # a line that a full disk cut short would spoil the next one
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        with get_lock_file(self._lock_file), self._path.open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            if any(log["op_code"] not in _UNHURRIED for log in logs):
+                os.fsync(file.fileno())
+
+
+_UNHURRIED = (
+    JournalOperation.CREATE_TRIAL,
+    JournalOperation.SET_TRIAL_USER_ATTR,
+    JournalOperation.SET_TRIAL_SYSTEM_ATTR,
+)
 
 
 class _FileLock(BaseJournalFileLock):

@@ -1,4 +1,4 @@
-"""Real services beside a test, each on a free port and ended by its process id: PostgreSQL, an MLflow server."""
+"""Real services beside a test, each on a free port and ended by its process id: PostgreSQL, MLflow's server, Ray."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,3 +146,14 @@ def _program(name: str) -> str | None:
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     places = [os.environ.get("PATH", ""), *map(str, reversed(folders))]
     return shutil.which(name, path=os.pathsep.join(places))
+
+
+def patient(start: Callable[[], Any], tries: int = 4) -> Any:
+    """What ``start`` makes of Ray, which on a busy machine gives up on its own processes after half a minute."""
+    for left in reversed(range(tries)):
+        try:
+            return start()
+        except Exception as error:
+            if not left or "timed out" not in str(error):
+                raise
+    raise AssertionError

@@ -19,6 +19,7 @@ from ranksearch.engine import attempt, overdue
 from ranksearch.engine.limit import Overdue, limited
 from ranksearch.trial import Failure, Outcome, Task
 from tests.driving import Plan, check_mlflow, check_study
+from tests.services import patient
 from tests.studies import TABLE, Lookup
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
@@ -143,7 +144,8 @@ def cluster() -> Iterator[Any]:
     """A head without workers, and one machine of two CPUs."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "include_dashboard": False}
+    made = patient(lambda: Cluster(initialize_head=True, head_node_args=head))
     try:
         yield made
     finally:
@@ -153,7 +155,7 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture
 def machine(cluster: Any) -> Iterator[Any]:
     """A machine of two CPUs."""
-    node = cluster.add_node(num_cpus=2)
+    node = patient(lambda: cluster.add_node(num_cpus=2))
     yield node
     if node in cluster.worker_nodes:
         cluster.remove_node(node)
@@ -184,7 +186,7 @@ def test_machines_come_and_go(cluster: Any, machine: Any, tmp_path: Path) -> Non
     try:
         search.wait(10, driver)
         assert len(workers(tmp_path)) == 2
-        late = cluster.add_node(num_cpus=2)
+        late = patient(lambda: cluster.add_node(num_cpus=2))
         deadline = time.monotonic() + 120
         while len(workers(tmp_path)) < 4:
             assert driver.poll() is None, search.log

@@ -26,8 +26,6 @@ pytestmark = [
     pytest.mark.xdist_group("postgres"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    # Studies that a test has read are left to the garbage collector, and their connections with them.
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 AWAY_SECONDS = 30.0
 
