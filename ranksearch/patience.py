@@ -31,8 +31,19 @@ class Patience:
         self._away = away
         self._spent = False
 
-    def __call__(self, act: Callable[[bool], T], renew: Callable[[], None] = lambda: None) -> T:
-        """What ``act`` returns, told whether it was tried before and so may be half done; ``renew`` comes before that.
+    def __call__(
+        self,
+        act: Callable[[bool], T],
+        *,
+        lost: Callable[[], None] = lambda: None,
+        renew: Callable[[], None] = lambda: None,
+    ) -> T:
+        """What ``act`` returns.
+
+        Args:
+            act: told whether it was tried before, and so may be half done.
+            lost: called once, as soon as the storage is away.
+            renew: called before every further try.
 
         Raises:
             Exception: the last error, when the patience is used up; any other at once.
@@ -46,6 +57,8 @@ class Patience:
             except Exception as error:
                 if not self._away(error):
                     raise
+                if not again:
+                    lost()
                 waited = time.monotonic() - began
                 if self._spent or waited >= self._seconds:
                     self._spent = True

@@ -12,14 +12,20 @@ from ranksearch.trial import Failure, Outcome, Trial
 
 
 class Spool:
-    """The file ``path``; there is none while every result is recorded."""
+    """The file ``path``; there is none while every result is recorded.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        uid: of the study; the results of another one that had this folder before are not read.
+    """
+
+    def __init__(self, path: Path, uid: str) -> None:
         self._path = path
+        self._uid = uid
 
     def put(self, trial: Trial, result: Outcome | Failure) -> bool:
         """Keep a result on disk; whether that could be done, as where the disk is full it cannot."""
-        document = {"number": trial.number, "index": trial.index, type(result).__name__.lower(): asdict(result)}
+        document = {"study": self._uid, "number": trial.number, type(result).__name__.lower(): asdict(result)}
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps(document) + "\n")  # on a line of its own, whatever a kill left before
@@ -64,5 +70,7 @@ class Spool:
             return {}
         for line in filter(None, text.splitlines()):
             with suppress(ValueError, TypeError, KeyError):
-                lines[int(json.loads(line)["number"])] = line
+                document = json.loads(line)
+                if document["study"] == self._uid:
+                    lines[int(document["number"])] = line
         return lines

@@ -299,6 +299,8 @@ def is_away(error: Exception) -> bool:
         named = getattr(cause.orig, "sqlite_errorname", None)
         if named is not None:
             return str(named).startswith(_SQLITE_AWAY)
+    if isinstance(cause, (FileNotFoundError, PermissionError)):
+        return False
     return isinstance(cause, (OSError, OperationalError, InterfaceError, TimeoutError))
 
 

@@ -80,7 +80,7 @@ class Study:
         self._ids: dict[int, int] = {}
         self._lasting = patience or Patience(name, seconds=0.0, away=lambda error: False)
         self._lock = lock
-        self._spool = Spool(folder / "spool.jsonl")
+        self._spool = Spool(folder / "spool.jsonl", uid)
 
     @property
     def space(self) -> Space:
@@ -116,19 +116,8 @@ class Study:
     # Writing: the driver only.
 
     def _write(self, act: Callable[[bool], T], lost: Callable[[], None] = lambda: None) -> T:
-        """Write to the storage, or wait for it.
-
-        Args:
-            act: told whether it was tried before, and so may be done.
-            lost: called before every further try.
-        """
-
-        def renew() -> None:
-            lost()
-            if self._lock is not None:
-                self._lock.renew()
-
-        return self._lasting(act, renew)
+        """Write to the storage, or wait for it; see :class:`~ranksearch.patience.Patience`."""
+        return self._lasting(act, lost=lost, renew=self._lock.renew if self._lock is not None else lambda: None)
 
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
@@ -139,6 +128,8 @@ class Study:
         template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
 
         def create(again: bool) -> tuple[int, int]:
+            if self._lock is not None:
+                self._lock.renew()  # whoever lost it unnoticed begins nothing more
             # The connection may have been lost after the trial was made.
             made = self._made(index, attempt) if again else None
             trial_id = made if made is not None else self._storage.create_new_trial(self._study_id, template)
@@ -167,7 +158,7 @@ class Study:
 
         def spool() -> None:
             nonlocal spooled
-            spooled = spooled or self._spool.put(trial, result)
+            spooled = self._spool.put(trial, result)
 
         ended = self._write(partial(self._record, trial, result), spool)
         if spooled:

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,6 +35,7 @@ def limited(seconds: float | None, *, deadly: bool = False) -> Iterator[None]:
         return
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, _raise) if here else None
+    timer, began = signal.getitimer(signal.ITIMER_REAL), time.monotonic()
     with open(os.devnull, "w") as silence:
         try:
             if deadly:
@@ -45,6 +47,9 @@ def limited(seconds: float | None, *, deadly: bool = False) -> Iterator[None]:
             if here:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
+                if timer[0]:  # somebody else's, that was running before
+                    left = max(1e-3, timer[0] - (time.monotonic() - began))
+                    signal.setitimer(signal.ITIMER_REAL, left, timer[1])
             if deadly:
                 faulthandler.cancel_dump_traceback_later()
 
