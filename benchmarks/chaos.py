@@ -1,7 +1,8 @@
 """A search among faults: every few seconds something that it stands on is killed, and nothing may be lost or doubled.
 
-``python -m benchmarks.chaos [trials] [seeds]`` from the root of the repository; it prints Markdown, and ends with an
-error where a row has anything but zeros. It needs PostgreSQL's server (see ``tests/services.py``).
+``python -m benchmarks.chaos [trials] [seeds] [ray|local]`` from the root of the repository; it prints Markdown, and ends
+with an error where a row has anything but zeros. It needs PostgreSQL's server (see ``tests/services.py``). With ``local``
+there is no cluster, and so no worker or machine to kill.
 
 The trials are looked up in a table and take a fraction of a second; all else is real: a Ray cluster of a head and two
 machines on this host, PostgreSQL under the study and under MLflow, an MLflow server, and a driver as a process, which
@@ -46,22 +47,22 @@ TRIAL_S = 0.5
 class Chaos:
     """One search and what is done to it."""
 
-    def __init__(self, plan: Plan, cluster: Any, database: Postgres, mlflow: MlflowServer, seed: int) -> None:
+    def __init__(self, plan: Plan, cluster: Any | None, database: Postgres, mlflow: MlflowServer, seed: int) -> None:
         self._plan = plan
         self._cluster = cluster
         self._database = database
         self._mlflow = mlflow
         self._rng = np.random.default_rng(seed)
-        self._machines = [self._machine() for _ in range(2)]
+        self._machines = [self._machine() for _ in range(2)] if cluster is not None else []
         self._driver: subprocess.Popen[bytes] | None = None
         self.faults: Counter[str] = Counter()
         self.drivers = 0
 
     def run(self) -> None:
         """Start the search and let nothing rest until it has ended by itself."""
-        faults: list[Callable[[], None]] = [
-            self.kill_driver, self.kill_worker, self.kill_machine, self.crash_database, self.kill_mlflow, self.freeze,
-        ]  # fmt: skip
+        faults: list[Callable[[], None]] = [self.kill_driver, self.crash_database, self.kill_mlflow, self.freeze]
+        if self._cluster is not None:
+            faults += [self.kill_worker, self.kill_machine]
         try:
             while not self._ended():
                 self._sleep(PAUSE_S)
@@ -72,8 +73,9 @@ class Chaos:
                         self.faults[fault.__name__.replace("_", " ")] += 1
         finally:
             self.kill_driver()
-            for machine in self._machines:
-                self._cluster.remove_node(machine)
+            if self._cluster is not None:
+                for machine in self._machines:
+                    self._cluster.remove_node(machine)
 
     def kill_driver(self) -> None:
         if self._driver is not None:
@@ -82,19 +84,22 @@ class Chaos:
 
     def kill_worker(self) -> None:
         """The one that began the last evaluation that is known of."""
-        begun = sorted(Path(self._plan.folder).glob("evaluation-*"), key=lambda path: path.stat().st_mtime)
+        begun = sorted(Path(self._plan.folder).glob("evaluation-*"), key=lambda path: path.stat().st_mtime_ns)
         pid = int(begun[-1].name.rsplit("-", 1)[1])
         command = Path(f"/proc/{pid}/cmdline")
         if command.exists() and b"ray::" in command.read_bytes():
             os.kill(pid, signal.SIGKILL)
 
     def kill_machine(self) -> None:
+        assert self._cluster is not None
         at = int(self._rng.integers(len(self._machines)))
         self._cluster.remove_node(self._machines[at], allow_graceful=False)
         self._machines[at] = self._machine()
 
     def _machine(self) -> Any:
-        return patient(lambda: self._cluster.add_node(num_cpus=2))
+        cluster = self._cluster
+        assert cluster is not None
+        return patient(lambda: cluster.add_node(num_cpus=2))
 
     def crash_database(self) -> None:
         self._database.crash()
@@ -157,11 +162,13 @@ def counted(plan: Plan, uri: str, trials: int) -> dict[str, int]:
 
 def main() -> None:
     """Print the table."""
-    trials, seeds = (int(argument) for argument in (*sys.argv[1:], "300", "3")[:2])
+    given = sys.argv[1:]
+    trials, seeds = int(given[0]) if given else 300, int(given[1]) if len(given) > 1 else 3
+    on_ray = given[2:] != ["local"]
     found = versions()
     machine = f"{found.pop('platform')}, {found.pop('cores')} cores"
     print("# A search among faults\n")
-    print(f"{trials} trials of {TRIAL_S} s on up to 4 workers, a fault every {PAUSE_S[0]:g} to {PAUSE_S[1]:g} s: "
+    print(f"{trials} trials of {TRIAL_S} s on {'up to 4 Ray workers' if on_ray else 'the local engine'}, a fault every {PAUSE_S[0]:g} to {PAUSE_S[1]:g} s: "
           "`python -m benchmarks.chaos` says in its first lines which.\n")  # fmt: skip
     print(f"Machine: {machine}. Versions: {', '.join(f'{k} {v}' for k, v in found.items())}.\n", flush=True)
     rows: list[tuple[str, dict[str, int]]] = []
@@ -169,13 +176,14 @@ def main() -> None:
         mlflow = MlflowServer(Path(folder), database.url("mlflow"))
         mlflow.start()
         head = {"num_cpus": 0, "include_dashboard": False}
-        cluster = patient(lambda: Cluster(initialize_head=True, head_node_args=head))
+        cluster = patient(lambda: Cluster(initialize_head=True, head_node_args=head)) if on_ray else None
         try:
             for seed in range(seeds):
                 rows.append(measured(seed, trials, Path(folder, str(seed)), cluster, database, mlflow))
                 print(f"Seed {seed}: {rows[-1][0]}.\n", flush=True)
         finally:
-            cluster.shutdown()
+            if cluster is not None:
+                cluster.shutdown()
             mlflow.stop()
     names = list(rows[0][1])
     print(f"| seed | {' | '.join(names)} |\n|{'---:|' * (1 + len(names))}")
@@ -185,13 +193,13 @@ def main() -> None:
 
 
 def measured(
-    seed: int, trials: int, folder: Path, cluster: Any, database: Postgres, mlflow: MlflowServer
+    seed: int, trials: int, folder: Path, cluster: Any | None, database: Postgres, mlflow: MlflowServer
 ) -> tuple[str, dict[str, int]]:
     """One search: what was done to it, and what must be zero."""
     sections = {
         "budget": {"trials": trials},
         "strategy": {"name": "random"},
-        "resources": {"engine": "ray", "address": cluster.address},
+        "resources": {} if cluster is None else {"engine": "ray", "address": cluster.address},
         "tracking": {"uri": mlflow.uri, "experiment": f"chaos-{seed}"},
         "deterministic": False,
         "seed": seed,
