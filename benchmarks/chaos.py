@@ -1,14 +1,15 @@
 """A search among faults: every few seconds something that it stands on is killed, and nothing may be lost or doubled.
 
-``python -m benchmarks.chaos [trials] [seeds] [ray|local]`` from the root of the repository; it prints Markdown, and ends
-with an error where a row has anything but zeros. It needs PostgreSQL's server (see ``tests/services.py``). With ``local``
-there is no cluster, and so no worker or machine to kill.
+``python -m benchmarks.chaos [trials] [seeds] [ray|local]`` from the root of the repository; it prints Markdown, and
+ends with an error where a row has anything but zeros. It needs PostgreSQL's server (see ``tests/services.py``). With
+``local`` there is no cluster, and so no worker or machine to kill.
 
 The trials are looked up in a table and take a fraction of a second; all else is real: a Ray cluster of a head and two
 machines on this host, PostgreSQL under the study and under MLflow, an MLflow server, and a driver as a process, which
 is started again whenever it has ended. The faults, one drawn at random after a pause drawn at random: SIGKILL of the
 driver, of a worker, of a machine of the cluster (another one joins), a crash of PostgreSQL, SIGKILL of the MLflow
-server (both start again after a pause), SIGSTOP of the driver for a while.
+server (both start again after a pause), SIGSTOP of the driver for a while. After each the next one waits until another
+trial has begun, or a slow machine would never get anywhere.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ class Chaos:
         faults: list[Callable[[], None]] = [self.kill_driver, self.crash_database, self.kill_mlflow, self.freeze]
         if self._cluster is not None:
             faults += [self.kill_worker, self.kill_machine]
+        seen = 0
         try:
             while not self._ended():
                 self._sleep(PAUSE_S)
                 if self._driver is not None and self._driver.poll() is None:
                     fault = faults[int(self._rng.integers(len(faults)))]
-                    if self._plan.evaluated():  # it has begun
+                    if (begun := self._plan.evaluated()) > seen:
                         fault()
+                        seen = begun
                         self.faults[fault.__name__.replace("_", " ")] += 1
         finally:
             self.kill_driver()
@@ -168,7 +171,8 @@ def main() -> None:
     found = versions()
     machine = f"{found.pop('platform')}, {found.pop('cores')} cores"
     print("# A search among faults\n")
-    print(f"{trials} trials of {TRIAL_S} s on {'up to 4 Ray workers' if on_ray else 'the local engine'}, a fault every {PAUSE_S[0]:g} to {PAUSE_S[1]:g} s: "
+    engine = "up to 4 Ray workers" if on_ray else "the local engine"
+    print(f"{trials} trials of {TRIAL_S} s on {engine}, a fault every {PAUSE_S[0]:g} to {PAUSE_S[1]:g} s: "
           "`python -m benchmarks.chaos` says in its first lines which.\n")  # fmt: skip
     print(f"Machine: {machine}. Versions: {', '.join(f'{k} {v}' for k, v in found.items())}.\n", flush=True)
     rows: list[tuple[str, dict[str, int]]] = []
