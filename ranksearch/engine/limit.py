@@ -40,18 +40,21 @@ def limited(seconds: float | None, *, deadly: bool = False) -> Iterator[None]:
         try:
             if deadly:
                 faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=silence)
-            if here:
-                signal.setitimer(signal.ITIMER_REAL, seconds)
-            yield
+            try:
+                if here:
+                    signal.setitimer(signal.ITIMER_REAL, seconds)
+                yield
+            finally:  # of its own: the signal may come right here
+                if here:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
         finally:
-            if here:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, before)
-                if timer[0]:  # somebody else's, that was running before
-                    left = max(1e-3, timer[0] - (time.monotonic() - began))
-                    signal.setitimer(signal.ITIMER_REAL, left, timer[1])
             if deadly:
                 faulthandler.cancel_dump_traceback_later()
+            if here:
+                signal.signal(signal.SIGALRM, before)
+            if here and timer[0]:  # somebody else's, that was running before
+                left = max(1e-3, timer[0] - (time.monotonic() - began))
+                signal.setitimer(signal.ITIMER_REAL, left, timer[1])
 
 
 def _raise(_number: int, _frame: FrameType | None) -> None:

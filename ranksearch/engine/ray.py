@@ -223,6 +223,9 @@ class _Dispatcher(Searcher):
         lost = self._running.pop(trial_id, {})
         if error:
             overran = len(lost) == 1 and self._overran(trial_id)
+            if overran:  # that is a result
+                self._fruitless = 0
+                self._proven.add(trial_id)
             self._chunk, self._alone = 1, self._alone + (0 if overran else len(lost))
             died = Failure(reason="its worker died (killed, or out of memory)", interrupted=True)
             for task in lost.values():
