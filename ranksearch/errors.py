@@ -49,6 +49,10 @@ class PriceError(RanksearchError):
     """A price or a spectrum that a strategy reads and the price table lacks."""
 
 
+class ExportError(RanksearchError):
+    """A network that cannot be written in a format, or does not compute the same when it is read back."""
+
+
 class RebuildError(RanksearchError):
     """A trial that was built again and does not score as recorded."""
 

@@ -94,6 +94,7 @@ def choose(
     max_drop: float | None = None,
     knee_point: bool = False,
     trial: int | None = None,
+    trials: list[Trial] | None = None,
 ) -> Trial:
     """The trial that a rule picks; exactly one rule is given.
 
@@ -104,6 +105,7 @@ def choose(
         max_drop: the cheapest that loses at most so many percentage points.
         knee_point: the point of the front furthest below the line through its ends.
         trial: the trial of this number.
+        trials: those to pick from, where they have been read already; for all rules but the last the front will do.
 
     Accuracies are those on the search images: the report images choose nothing.
 
@@ -111,14 +113,15 @@ def choose(
         BudgetError: no trial fits; the message names the nearest.
     """
     if trial is not None:
-        found = next((t for t in study.trials() if t.number == trial), None)
+        known = study.trials() if trials is None else trials
+        found = next((t for t in known if t.number == trial), None)
         if found is None or found.state != "COMPLETE":
             state = "there is none" if found is None else f"its state is {found.state} ({found.reason})"
             raise BudgetError(
                 f"trial {trial} must be a complete trial of {study.name}: {state}. See `ranksearch trials`."
             )
         return found
-    front = study.front_trials()
+    front = study.front_trials(trials)
     if not front:
         raise BudgetError(
             f"the front of {study.name} has no point yet. See `ranksearch trials {study.name}` for reasons."
@@ -172,7 +175,7 @@ def save_compressed(
     bare = rank_map.model_copy(update={"weights": None})
     try:
         store(state, weights, {_METADATA: bare.model_dump_json()})
-        digest = _file_hash(weights)
+        digest = file_hash(weights)
     except (OSError, SafetensorError) as error:
         raise RankMapError(
             f"cannot write the weights {weights}: {error}. Check the folder and the space left."
@@ -198,7 +201,7 @@ def read_compressed(path: Path) -> tuple[RankMap, Path | None]:
             raise RankMapError(
                 f"the weights {weights} that {path} names must exist. Bring them along, or export again."
             )
-        if _file_hash(weights) != rank_map.weights.sha256:
+        if file_hash(weights) != rank_map.weights.sha256:
             raise RankMapError(
                 f"the weights {weights} must be those that {path} names, their hash differs. Export again."
             )
@@ -228,6 +231,7 @@ def load_compressed(rank_map: RankMap, dense: nn.Module, weights: Path) -> nn.Mo
     return model.eval()
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,30 +12,26 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ranksearch.calibration import collect
-from ranksearch.config import load_space
-from ranksearch.data import Data, load_data, to_input
-from ranksearch.errors import DataError, ModelError, RankMapError, RebuildError
+from ranksearch.data import Data, to_input
+from ranksearch.errors import RankMapError, RebuildError
 from ranksearch.evaluation import reproducible, score
-from ranksearch.export import load_compressed, rank_map_of, read_compressed, save_compressed
+from ranksearch.export import rank_map_of, read_compressed, save_compressed
+from ranksearch.folding import folded
 from ranksearch.latency import latency_ms
 from ranksearch.launch import rebuild
-from ranksearch.models import build_model, digits_weights
-from ranksearch.preparation import Notify, check_classes, located_data, silent, weights_hash
+from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import ModelRecord, RankMap
-from ranksearch.space import DataSpec, ModelSpec
+from ranksearch.recorded import RECORDED, dense_network, load_recorded, read_pair, scoring_of, trained_here
 from ranksearch.storage import Store
 from ranksearch.study import Study
 from ranksearch.surgery import apply_rank_map, channels_last, check_fits, count_macs, count_params
 from ranksearch.trial import Outcome, Trial, interval
 
-RECORDED = "recorded"
-"""In place of a file or folder: the data that the rank map's search used."""
 LATENCY_BATCHES = (1, 64)
 """Images at a time for which latency is measured."""
 _LATENCY_SECONDS = 0.3
@@ -140,14 +136,14 @@ def compress(
     record, cache = found.model, Store(storage).cache
     if model is not None and model != record.name:
         record = ModelRecord(name=model, input_shape=record.input_shape)
-    loaded = _load(found, data, cache, notify) if data is not None else None
-    if loaded is None and weights is None and _trained_here(record):
-        loaded = _load(found, RECORDED, cache, notify)
-    dense, record = _dense_network(record, weights, loaded, cache, notify)
+    loaded = load_recorded(found, data, cache, notify) if data is not None else None
+    if loaded is None and weights is None and trained_here(record):
+        loaded = load_recorded(found, RECORDED, cache, notify)
+    dense, record = dense_network(record, weights, loaded, cache, notify)
     statistics = None
     if data is not None and loaded is not None:
         convs = check_fits(found, dense)
-        statistics = collect(channels_last(dense), convs, _batches(loaded, _provenance(found, "batch_images"), notify))
+        statistics = collect(channels_last(dense), convs, _batches(loaded, scoring_of(found)[1], notify))
     notify("decomposing layers", 0, 1)
     compressed = apply_rank_map(found, dense, statistics, cache=cache)
     factors = "weight-only" if statistics is None else "activation-aware"
@@ -186,7 +182,7 @@ class Measured:
     """MACs per image."""
     params: int
     latency_ms: Mapping[int, float]
-    """Batch size to milliseconds of one forward pass."""
+    """Batch size to milliseconds of one forward pass, batch norms folded and 1x1 neighbours merged."""
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types, with ``gmacs`` and one ``latency_ms_batch_N`` a batch size."""
@@ -230,38 +226,29 @@ def compare(
     Raises:
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
-    rank_map, stored = read_compressed(file)
-    cache, record = Store(storage).cache, rank_map.model
-    loaded = _load(rank_map, data, cache, notify)
-    dense, found = _dense_network(record, weights, loaded, cache, notify)
-    check_classes(dense, loaded)
-    if stored is None:
-        notify("decomposing layers", 0, 1)
-        compressed = apply_rank_map(rank_map, dense, cache=cache)
-    else:
-        compressed = load_compressed(rank_map, dense, stored)
-    count = int(_provenance(rank_map, "cpus_per_trial"))
-    on_gpu = _provenance(rank_map, "gpus_per_trial") > 0 and torch.cuda.is_available()
-    device = torch.device("cuda") if on_gpu else _CPU
+    pair = read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify)
+    rank_map, loaded = pair.rank_map, cast(Data, pair.data)
+    count, batch_images, device = scoring_of(rank_map)
     measured = []
     with reproducible(count):
-        for i, (name, model) in enumerate((("dense", dense), ("compressed", compressed))):
+        for i, (name, model) in enumerate((("dense", pair.dense), ("compressed", pair.compressed))):
             notify(f"measuring the {name} network", i, 2)
             model = channels_last(model.eval().to(device))
-            measured.append(_measure(model, loaded, int(_provenance(rank_map, "batch_images")), device))
+            measured.append(_measure(model, loaded, batch_images, device))
     return Comparison(
         rank_map=rank_map,
         dense=measured[0],
         compressed=measured[1],
-        factors="weight-only" if stored is None else "stored",
+        factors="stored" if pair.stored else "weight-only",
         threads=count,
-        same_dense=record.weights_sha256 in (None, found.weights_sha256),
+        same_dense=pair.same_dense,
     )
 
 
 def _measure(model: nn.Module, data: Data, batch_images: int, device: torch.device) -> Measured:
     found = score(model, data.report, data, batch_images=batch_images, device=device)
     low, high = interval(found.accuracy, found.images)
+    quick = folded(model, data.input_shape).model
     return Measured(
         accuracy=found.accuracy,
         accuracy_low=low,
@@ -271,82 +258,7 @@ def _measure(model: nn.Module, data: Data, batch_images: int, device: torch.devi
         macs=count_macs(model, data.input_shape),
         params=count_params(model),
         latency_ms={
-            size: latency_ms(model, data.input_shape, batch_images=size, seconds=_LATENCY_SECONDS)
+            size: latency_ms(quick, data.input_shape, batch_images=size, seconds=_LATENCY_SECONDS)
             for size in LATENCY_BATCHES
         },
     )
-
-
-_DEFAULTS = {"seed": 0, "batch_images": 256, "cpus_per_trial": 1, "gpus_per_trial": 0}
-
-
-def _provenance(rank_map: RankMap, key: str) -> Any:
-    value = rank_map.provenance.get(key, _DEFAULTS[key])
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise RankMapError(f"provenance.{key} of the rank map must be a number, found {value!r}. Export it again.")
-    return value
-
-
-def _load(rank_map: RankMap, data: str, cache: Path, notify: Notify) -> Data:
-    """The data named on a command line, for the network of a map."""
-    spec = _data_spec(rank_map, data)
-    found = load_data(
-        spec,
-        cache=cache,
-        seed=_provenance(rank_map, "seed"),
-        progress=lambda done, total: notify("reading images", done, total),
-    )
-    if found.input_shape != rank_map.model.input_shape:
-        raise DataError(
-            f"images must have the shape {rank_map.model.input_shape} (channels, height, width) of the rank map, found "
-            f"{found.input_shape}. Give the data of that network."
-        )
-    return found
-
-
-def _data_spec(rank_map: RankMap, data: str) -> DataSpec:
-    path = Path(data).expanduser()
-    if data != RECORDED and path.is_file():
-        return located_data(load_space(path).data, path.resolve().parent)
-    try:
-        recorded = DataSpec.model_validate(rank_map.provenance["data"])
-    except (KeyError, ValidationError) as error:
-        raise RankMapError(
-            "the rank map must record its data, or a space file with a data section must be given, found neither. "
-            "Give --data SPACE.yaml."
-        ) from error
-    if data == RECORDED:
-        return recorded
-    if not path.is_dir():
-        raise DataError(f"data must be a space file, a folder or `{RECORDED}`, found {data!r}. Check the path.")
-    if recorded.source not in ("npz", "folder"):
-        raise DataError(
-            f"a folder replaces the root of .npz files or image folders, the data that the rank map records come from "
-            f"{recorded.source!r}. Give a space file with the data, or `{RECORDED}`."
-        )
-    return recorded.model_copy(update={"root": str(path.resolve())})
-
-
-def _trained_here(record: ModelRecord) -> bool:
-    """Whether the dense network has no weights file but the one trained on its data."""
-    return record.name == "digits-cnn" and not (record.weights and Path(record.weights).is_file())
-
-
-def _dense_network(
-    record: ModelRecord, weights: Path | None, data: Data | None, cache: Path, notify: Notify
-) -> tuple[nn.Module, ModelRecord]:
-    """The dense network, on the CPU, and its record."""
-    file = weights or (Path(record.weights) if record.weights else None)
-    if weights is None and data is not None and _trained_here(record):
-        file = digits_weights(
-            cache, data, progress=lambda done, total: notify("training the digits network", done, total)
-        )
-    if file is None and ":" not in record.name:
-        raise ModelError(f"the dense weights of {record.name} must be given, found none. Give --weights FILE.")
-    if file is not None and not file.is_file():
-        raise ModelError(f"the dense weights {file} of {record.name} must exist. Give --weights FILE.")
-    model = build_model(ModelSpec(name=record.name, options=record.options), weights=file)
-    known = record.model_copy(
-        update={"weights": str(file.resolve()) if file else None, "weights_sha256": weights_hash(model)}
-    )
-    return model, known

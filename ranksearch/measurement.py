@@ -31,6 +31,8 @@ Price = Literal["weight", "output", "divergence", "loss", "drop", "second-order"
 PRICES: tuple[Price, ...] = get_args(Price)
 WITH_LABELS: tuple[Price, ...] = ("loss", "drop")
 """The prices that need labels."""
+ONWARD: frozenset[str] = frozenset({"divergence", "loss", "drop"})
+"""The prices that are read off the network's outputs."""
 
 Piece = str | range
 """A layer whose kernels are composed, or the numbers of a batch of images."""
@@ -158,7 +160,7 @@ class Measurement:
     ) -> None:
         """Run every candidate on one batch."""
         local = any(p in self.prices for p in ("output", "second-order"))
-        onward = any(p in self.prices for p in ("divergence", "loss", "drop"))
+        onward = bool(ONWARD & set(self.prices))
         log_p = dense.logits.double().log_softmax(1)
         for layer in self.layers:
             rows, channels = sums[layer.name]

@@ -10,10 +10,10 @@ import builtins
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,15 @@ from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import cached, content_hash, store_cached
+from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
-from ranksearch.prices import Map, Price, measure, with_prices
+from ranksearch.prices import Map, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.setting import Setting
 from ranksearch.space import DataSpec, Space
 from ranksearch.spectra import with_spectra
-from ranksearch.strategies import READ_PRICES, READ_SPECTRA, runs_funnels
+from ranksearch.strategies import READ_SPECTRA, prices_read, runs_funnels
 from ranksearch.surgery import channels_last, count_macs, count_params
 from ranksearch.table import GATEABLE, PREDICTED, PriceTable
 from ranksearch.training import computes_bfloat16, steps_of
@@ -44,6 +45,9 @@ _PIXELS = 64
 """Output pixels of an image at which regression targets are kept."""
 
 
+_PRICE_BATCH, _PRICE_BATCH_VALUES = 32, 2**20
+"""Images that prices are measured on at a time, at most, and the values that they have together, at most: all their
+activations and gradients are held."""
 _PARALLEL_MACS = 1e11
 """Work that takes a core some seconds: less is done before other workers have started."""
 
@@ -244,8 +248,8 @@ def settle(
         _check_gateable(space, table)
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
-    if READ_PRICES & strategies and space.strategy.price != PREDICTED:
-        table = _measured(network, table, factors, cache, notify, map)
+    if prices := prices_read(space.strategy) - {PREDICTED}:
+        table = _measured(network, table, factors, prices, cache, notify, map)
     notify("scoring the dense network", 0, 1)
     device, batch = device_of(space), space.evaluation.batch_images
     search = score(network.model, network.data.search, network.data, batch_images=batch, device=device)
@@ -284,13 +288,21 @@ def _check_gateable(space: Space, table: PriceTable) -> None:
 
 
 def _measured(
-    network: Network, table: PriceTable, factors: Factors, cache: Path, notify: Notify, map: Map
+    network: Network,
+    table: PriceTable,
+    factors: Factors,
+    prices: Collection[str],
+    cache: Path,
+    notify: Notify,
+    map: Map,
 ) -> PriceTable:
-    """The table with the price that the space names, measured on the first calibration images."""
+    """The table with these prices, measured on the first calibration images."""
     space, data, device = network.space, network.data, device_of(network.space)
     count = space.strategy.price_images
     images = data.calibration[:count]
-    macs = sum(len(layer.candidates) for layer in table.layers) * len(images) * table.dense_macs
+    # What is measured on the layer's own output runs nothing downstream of it.
+    onward = table.dense_macs if ONWARD & set(prices) else 0
+    macs = sum(c.macs + onward for layer in table.layers for c in layer.candidates) * len(images)
     found = measure(
         network.model,
         table,
@@ -298,7 +310,8 @@ def _measured(
         to_input(images, data, device),
         torch.tensor(data.train.labels[: len(images)]),
         kind=kinds(space)[-1],
-        prices=[cast(Price, space.strategy.price)],
+        prices=[price for price in PRICES if price in prices],
+        batch_images=max(1, min(_PRICE_BATCH, _PRICE_BATCH_VALUES // images[0].size)),
         threads=space.resources.cpus_per_trial,
         stabiliser=space.stabilise,
         cache=cache,

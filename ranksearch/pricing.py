@@ -318,9 +318,10 @@ def _own_ranks(layer: Layer, name: str, maps: Sequence[RankMap]) -> set[tuple[st
 def _candidates(
     space: Space, selection: Selection, factors: Factors, name: str, own: Collection[tuple[str, Ranks]]
 ) -> tuple[Candidate, ...]:
-    """Candidates of one layer that cost less than dense: the ``own`` ones, and those that no other beats.
+    """Candidates of one layer that cost less than dense: the ``own`` ones, and those that none of their format beats.
 
-    A candidate beats another that has no fewer MACs and no less error.
+    A candidate beats another that has no fewer MACs and no less error. Across formats the error says too little of the
+    accuracy to decide: what a search learns, and a measured price, does.
     """
     conv, kind = selection.layers[name].conv, kinds(space)[-1]
     found: list[Candidate] = []
@@ -333,12 +334,13 @@ def _candidates(
             found.append(_candidate(form, conv, ranks, prepared))
     found.sort(key=lambda c: (c.macs, c.error, c.params, c.format, c.ranks))
     kept: list[Candidate] = []
-    least = inf
+    least: dict[str, float] = {}
     for candidate in found:
         asked_for = (candidate.format, candidate.ranks) in own
-        if candidate.macs < conv.macs and (asked_for or space.ranks.joint or candidate.error < least):
+        lowest = least.get(candidate.format, inf)
+        if candidate.macs < conv.macs and (asked_for or space.ranks.joint or candidate.error < lowest):
             kept.append(candidate)
-            least = min(least, candidate.error)
+            least[candidate.format] = min(lowest, candidate.error)
     return (*kept, Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0))
 
 

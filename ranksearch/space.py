@@ -156,22 +156,22 @@ class BudgetSpec(Section):
 class StrategySpec(Section):
     """How proposals are made."""
 
-    name: str = "optuna"
+    name: str = "auto"
     """A strategy. ``auto``, ``optuna`` and ``greedy-multi-step`` learn from the trials, ``random`` does not; ``funnel``
     trains the network under a penalty that closes ranks, and learns how to; the others read a ladder of rank maps off
     the price table: ``knapsack``, ``greedy``, ``lc``, ``water-filling``, ``energy``, ``uniform``, ``eps``, ``evbmf``,
     ``alds``."""
-    price: str = "predicted"
+    price: str | None = None
     """The loss of a candidate that ``auto``, ``knapsack``, ``greedy``, ``lc`` and ``eps`` reckon with: ``predicted``
     (the error of the table), or a measured one of replacing that layer alone: ``weight``, ``output``, ``divergence``,
-    ``loss``, ``second-order``, ``drop``."""
+    ``loss``, ``second-order``, ``drop``. By default ``second-order`` of ``auto`` and ``predicted`` of the others."""
     price_images: Positive = 256
     """Calibration images, with their labels, that a measured price is measured on."""
     sampler: str | None = None
     """Optuna's sampler of ``optuna`` and ``funnel``: ``nsga2``, ``nsga3``, ``tpe``, ``gp``, ``qmc``, ``random``, or a
     class as ``package.module:Class``. By default ``nsga2`` of ``optuna`` and ``tpe`` of ``funnel``."""
     seeds: list[str] = ["uniform", "energy"]
-    """Strategies whose points are tried first."""
+    """Strategies whose points ``optuna`` tries first."""
     seed_points: Annotated[int, Field(ge=0)] = 16
     """How many points each of them gives."""
     seed_maps: list[str] = []
@@ -181,11 +181,12 @@ class StrategySpec(Section):
     """How many proposals are made before their outcomes are looked at, when ``deterministic``; ``greedy-multi-step``
     measures as many moves at a time."""
     options: dict[str, Any] = {}
-    """Further keyword arguments of the strategy or, of ``optuna``, of its sampler. Of ``funnel``: ``targets`` (shares
-    of the dense MACs to end at, by default those of the budget, or 0.5, 0.7 and 0.35; an empty list leaves the MACs to
-    strength and threshold), ``settle_steps``, ``penalty_steps``, ``weight_rate``, ``gate_rate``, ``penalty``
-    (``funnel``, ``l1``, ``l2``), ``mac_weighted``, ``scale_free``, ``format`` (of the gated layers; by default the
-    first of ``formats`` that a layer can be gated in).
+    """Further keyword arguments of the strategy or, of ``optuna``, of its sampler. Of ``auto``: ``first`` (trials
+    before it learns, 12), ``min_gain`` (it ends where more trials promise to enlarge the hypervolume by less than this
+    share), ``cost``. Of ``funnel``: ``targets`` (shares of the dense MACs to end at, by default those of the budget, or
+    0.5, 0.7 and 0.35; an empty list leaves the MACs to strength and threshold), ``settle_steps``, ``penalty_steps``,
+    ``weight_rate``, ``gate_rate``, ``penalty`` (``funnel``, ``l1``, ``l2``), ``mac_weighted``, ``scale_free``,
+    ``format`` (of the gated layers; by default the first of ``formats`` that a layer can be gated in).
     """
 
 

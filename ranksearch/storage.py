@@ -158,8 +158,8 @@ class Store:
             raise self._unwritten(name, error) from error
         return self._study(name, storage, study_id, setting, uid)
 
-    def open(self, name: str) -> Study:
-        """The study of this name.
+    def open(self, name: str, *, read_only: bool = False) -> Study:
+        """The study of this name; ``read_only``: not even a half-written last line is mended.
 
         Raises:
             StudyError: there is none, or it cannot be read.
@@ -171,7 +171,7 @@ class Store:
                 f"there must be a study {name!r} in {self._place}, found: {known}. Check the name, or give --storage."
             )
         try:
-            if not self.url:
+            if not self.url and not read_only:
                 _mend(folder / "journal.log")
             storage = self._storage(folder / "journal.log")
             study_id = storage.get_study_id_from_name(name)

@@ -10,22 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from ranksearch import pictures
+from ranksearch.drawing import figure
 from ranksearch.errors import StudyError
-from ranksearch.front import hypervolume, non_dominated
+from ranksearch.front import dominates, hypervolume, non_dominated
 from ranksearch.lock import DatabaseLock, lock_folder
 from ranksearch.patience import Patience
+from ranksearch.pictures import Progress
 from ranksearch.rankmap import RankMap
 from ranksearch.setting import Setting
 from ranksearch.space import Space
@@ -47,6 +51,7 @@ from ranksearch.trial import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from plotly.graph_objects import Figure
 
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
@@ -81,6 +86,7 @@ class Study:
         self._lasting = patience or Patience(name, seconds=0.0, away=lambda error: False)
         self._lock = lock
         self._spool = Spool(folder / "spool.jsonl", uid)
+        self._written = json.dumps(setting.to_json())
 
     @property
     def space(self) -> Space:
@@ -239,14 +245,21 @@ class Study:
 
     # Reading.
 
+    def reread(self) -> None:
+        """Take over the setting as a resume in another process may have changed it."""
+        written = str(self._storage.get_study_user_attrs(self._study_id)["ranksearch"])
+        if written != self._written:
+            self._written, self.setting = written, Setting.from_json(json.loads(written))
+
     def constraints(self, outcome: Outcome) -> dict[str, float]:
         """The budget's limits on an outcome, each kept where the value is at most 0."""
         return constraints(outcome, self.space.budget, self.setting.dense)
 
-    def trials(self) -> list[Trial]:
-        """Every trial, in order of numbers."""
+    def trials(self, known: Mapping[int, Trial] | None = None) -> list[Trial]:
+        """Every trial, in order of numbers; those ``known`` by their numbers have ended and are taken as they are."""
         frozen = self._lasting(lambda _: self._storage.get_all_trials(self._study_id, deepcopy=False))
-        return [self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
+        read = known or {}
+        return [read.get(one.number) or self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
         self._ids[frozen.number] = frozen._trial_id
@@ -303,11 +316,11 @@ class Study:
         points = [tuple(x / s for x, s in zip(point, scale, strict=True)) for point in feasible]
         return hypervolume([points[i] for i in non_dominated(points)], reference)
 
-    def trials_frame(self) -> pd.DataFrame:
+    def trials_frame(self, trials: list[Trial] | None = None) -> pd.DataFrame:
         """Every trial as a row: number, state, reason, origin, the measurements, ``on_front``."""
         import pandas as pd
 
-        trials = self.trials()
+        trials = self.trials() if trials is None else trials
         front = {trial.number for trial in self.front_trials(trials)}
         dense = self.setting.dense["macs"]
         rows = [
@@ -327,12 +340,12 @@ class Study:
         columns = ["number", "index", "attempt", "state", "reason", "origin", "feasible", "on_front"]
         return pd.DataFrame(rows, columns=[*columns, *_measured(None, dense)])
 
-    def front(self) -> pd.DataFrame:
+    def front(self, trials: list[Trial] | None = None) -> pd.DataFrame:
         """The Pareto front by increasing MACs: trial, accuracy (report images) with its 95 % interval, costs."""
         import pandas as pd
 
         rows = []
-        for trial in self.front_trials():
+        for trial in self.front_trials(trials):
             measured = _measured(trial.outcome, self.setting.dense["macs"])
             low, high = interval(measured["accuracy"], cast(Outcome, trial.outcome).report_images)
             rows.append(
@@ -347,6 +360,95 @@ class Study:
             )
         columns = ["trial", "accuracy", "accuracy_low", "accuracy_high", *list(_measured(None, 1))[1:], "origin"]
         return pd.DataFrame(rows, columns=columns)
+
+    def course(self, trials: list[Trial] | None = None) -> list[Progress]:
+        """The hypervolume after each trial that ended, in the order in which they did."""
+        ended = sorted(
+            (t for t in (self.trials() if trials is None else trials) if t.end_ms), key=lambda t: (t.end_ms, t.number)
+        )
+        front: list[Trial] = []
+        points: list[Progress] = []
+        for trial in ended:
+            moved = trial.feasible and not any(dominates(self.point(one), self.point(trial)) for one in front)
+            front = self.front_trials([*front, trial]) if moved else front
+            value = self.hypervolume(front) if moved else points[-1].hypervolume if points else 0.0
+            points.append(Progress(trials=len(points) + 1, end_ms=trial.end_ms, hypervolume=value))
+        return points
+
+    def importance(self, of: str = "accuracy") -> dict[str, float]:
+        """How much each layer's choice decides whether an objective is among the best tenth: shares of 1, by layer.
+
+        It is Optuna's PED-ANOVA, of the complete trials but funnel runs; empty where fewer than ten are there.
+
+        Raises:
+            ValueError: the search has no such objective.
+        """
+        import optuna
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+        objectives = self.space.objectives
+        if of not in objectives:
+            raise ValueError(f"importance is of one of the objectives {', '.join(objectives)}, found {of!r}.")
+        at = [str(name) for name in objectives].index(of)
+        whole = optuna.create_study(direction="maximize" if of in MAXIMISED else "minimize")
+        for frozen in self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.COMPLETE,)):
+            if len(frozen.params) == len(self.setting.table.layers) and not frozen.user_attrs.get("settings"):
+                whole.add_trial(
+                    create_trial(params=frozen.params, distributions=frozen.distributions, value=frozen.values[at])
+                )
+        if len(whole.trials) < 10:
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return dict(get_param_importances(whole, evaluator=PedAnovaImportanceEvaluator()))
+
+    # Pictures, as interactive Plotly figures.
+
+    def plot_front(self, *baselines: Study) -> Figure:
+        """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies."""
+        from ranksearch.plots import front_figure
+
+        trials = self.trials()
+        return front_figure(
+            self.trials_frame(trials),
+            self.front(trials),
+            dense=self.setting.dense,
+            title=f"{self.name}: {self.setting.model.name}",
+            budget=self.space.budget,
+            baselines={study.name: study.front() for study in baselines},
+        )
+
+    def plot_hypervolume(self, *others: Study, axis: Literal["trials", "time"] = "trials") -> Figure:
+        """Hypervolume over ``trials`` or ``time``, beside that of other studies."""
+        courses = {study.name: study.course() for study in (self, *others)}
+        return figure(pictures.hypervolume_picture(courses, axis))
+
+    def plot_ranks(self) -> Figure:
+        """The ranks of every layer along the front."""
+        return figure(pictures.ranks_picture(self.setting, self.front_trials()))
+
+    def plot_macs(self, *trials: int) -> Figure:
+        """Share of the MACs by layer: of the dense network, and of trials by their numbers, the knee by default."""
+        known = {trial.number: trial for trial in self.trials()}
+        chosen = trials or (self.rank_map(knee=True).provenance["trial"],)
+        if missing := [number for number in chosen if number not in known]:
+            raise StudyError(f"trials must be those of {self.name}, found {missing}. See `ranksearch trials`.")
+        return figure(pictures.macs_picture(self.setting, [known[number] for number in chosen]))
+
+    def plot_importance(self, of: str = "accuracy") -> Figure:
+        """Which layers decide about an objective."""
+        return figure(pictures.importance_picture(self.importance(of), of))
+
+    def plot_sensitivity(self, price: str | None = None) -> Figure:
+        """What compressing one layer alone loses, predicted or measured, against its MACs."""
+        return figure(pictures.sensitivity_picture(self.setting.table, price))
+
+    def plot_gates(self, trial: int) -> Figure:
+        """The open gates of each layer over the steps of a funnel run."""
+        found = next((one for one in self.trials() if one.number == trial), None)
+        if found is None:
+            raise StudyError(f"the trial must be one of {self.name}, found {trial}. See `ranksearch trials`.")
+        return figure(pictures.gates_picture(found))
 
     def rank_map(
         self,

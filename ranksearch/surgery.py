@@ -91,7 +91,7 @@ def find_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
 
             handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
-        _forward_one(model, input_shape)
+        run_one(model, input_shape)
     finally:
         for handle in handles:
             handle.remove()
@@ -199,7 +199,7 @@ def count_macs(model: nn.Module, input_shape: Shape) -> int:
     """MACs per image of convolutions and linear layers, counted by PyTorch's own counter on a forward pass."""
     counter = FlopCounterMode(display=False)
     with counter:
-        _forward_one(model, input_shape)
+        run_one(model, input_shape)
     return counter.get_total_flops() // 2
 
 
@@ -208,12 +208,17 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _forward_one(model: nn.Module, input_shape: Shape) -> None:
+def run_one(model: nn.Module, input_shape: Shape) -> Any:
+    """What the network, in evaluation mode, gives for one image of zeros.
+
+    Raises:
+        ModelError: it does not run on inputs of ``input_shape``.
+    """
     parameter = next(model.parameters(), None)
     try:
         image = torch.zeros((1, *input_shape)) if parameter is None else parameter.new_zeros((1, *input_shape))
         with torch.no_grad(), evaluating(model):
-            model(image)
+            return model(image)
     except Exception as error:  # a user's forward may raise anything
         first_line = str(error).partition("\n")[0]
         reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli import comparing, networks, searching, studies
+from ranksearch.cli import comparing, networks, searching, studies, watching
 from ranksearch.cli.options import complain
-from ranksearch.errors import BudgetError, RanksearchError, RebuildError
+from ranksearch.errors import BudgetError, ExportError, RanksearchError, RebuildError
 
 app = typer.Typer(
     name="ranksearch",
@@ -51,8 +51,9 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     studies.front: "front first --html front.html",
     studies.export: "export first --max-macs-ratio 0.5 -o rank_map.json --save-weights compressed.safetensors",
     networks.decompose: "decompose --model resnet20 --weights dense.safetensors --layer layer3.0.conv2 --plot e.png",
-    networks.apply: "apply rank_map.json --weights dense.safetensors -o compressed.safetensors",
+    networks.apply: "apply rank_map.json --to onnx -o compressed.onnx",
     networks.evaluate: "evaluate rank_map.json",
+    watching.dashboard: "dashboard first",
     studies.ui: "ui first --port 5001",
     searching.schema: "schema > space.schema.json",
 }
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments, prog_name="ranksearch")
     except RanksearchError as error:
         complain(error)
-        raise SystemExit(1 if isinstance(error, BudgetError | RebuildError) else 2) from None
+        raise SystemExit(1 if isinstance(error, BudgetError | ExportError | RebuildError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:

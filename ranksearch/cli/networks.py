@@ -92,20 +92,75 @@ def _integers(text: str, option: str, separator: str) -> tuple[int, ...]:
 
 
 def apply(
-    rank_map: Annotated[Path, typer.Argument(metavar="RANK_MAP.json", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The compressed weights to write (safetensors).")],
+    rank_map: Annotated[Path, typer.Argument(metavar="RANK_MAP.json|COMPRESSED.safetensors", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; compressed weights without --to.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="safetensors, pt2 (torch.export), onnx, or python (a module that imports torch alone): a network that "
+            "runs, of the map's own weights where it has them, read back and compared, with a manifest.",
+        ),
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPACE.yaml|FOLDER|recorded|noise",
+            help="With --to: what the export is compared on. Default: --data, or the recorded data.",
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; that of the map by default.")] = None,
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
     data: Annotated[
         str | None,
         typer.Option(
             metavar="SPACE.yaml|FOLDER|recorded",
-            help="Calibration images, for activation-aware factors; weight-only without.",
+            help="Calibration images: decompose afresh, with activation-aware factors; weight-only without.",
         ),
     ] = None,
+    as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Decompose a dense network afresh at the ranks of a map."""
+    """Decompose a dense network afresh at the ranks of a map; or, with --to, export the compressed network."""
+    if to is None:
+        if images is not None or as_json:
+            raise typer.BadParameter("--images and --json go with --to")
+        _decomposed(rank_map, output, model=model, weights=weights, data=data, storage=storage)
+        return
+    from ranksearch.deployment import deploy
+
+    with Reporter() as reporter:
+        found = deploy(
+            rank_map,
+            output,
+            to=to,
+            images=images,
+            model=model,
+            weights=weights,
+            data=data,
+            storage=storage,
+            notify=reporter.notify,
+        )
+    if as_json:
+        typer.echo(found.manifest.read_text(encoding="utf-8"))
+        return
+    agreement = found.agreement
+    afresh = found.rank_map.provenance.get("applied_afresh")
+    say(f"{f'{afresh} factors, decomposed afresh' if afresh else 'stored weights'}: {found.rank_map.macs:,} MACs")
+    say(
+        f"read back, on {agreement.images:,} images ({agreement.source}): the same class for "
+        f"{percent(agreement.top1_agreement)} %, outputs within {agreement.max_difference:.2g}"
+    )
+    if agreement.accuracy is not None:
+        say(f"accuracy on these images: {percent(agreement.accuracy)} %")
+    for file in (*found.files, found.manifest):
+        say(f"Written: {file}")
+
+
+def _decomposed(
+    rank_map: Path, output: Path, *, model: str | None, weights: Path | None, data: str | None, storage: str | None
+) -> None:
+    """Compressed weights, decomposed afresh."""
     from ranksearch.handover import compress
 
     with Reporter() as reporter:

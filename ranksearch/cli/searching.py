@@ -19,6 +19,7 @@ from ranksearch.errors import RanksearchError
 
 if TYPE_CHECKING:
     from ranksearch.study import Study
+    from ranksearch.trial import Trial
 
 
 def inspect(
@@ -152,9 +153,17 @@ def _conclude(study: Study, storage: str | None) -> None:
         complain(f"none of {len(complete)} trials of {study.name} is within the budget's limits {limits}.")
         raise typer.Exit(1)
     console().print(front_table(study))
-    say(f"\nStudy {study.name}: {len(complete)} trials done, {len(failed)} failed. Go on with:")
+    say(f"\nStudy {study.name}: {len(complete)} trials done, {len(failed)} failed.{_outlook(trials)} Go on with:")
     for command in _next_commands(study, storage):
         say(f"  {command}")
+
+
+def _outlook(trials: list[Trial]) -> str:
+    """What more trials would bring, where the strategy has said."""
+    from ranksearch.strategies.auto import promise
+
+    left = promise(trials)
+    return "" if left is None else f" More would enlarge the hypervolume by about {left:.1%} at most."
 
 
 def _next_commands(study: Study, storage: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Pictures of a comparison: hypervolume over trials and over time, and accuracy at the targets.
 
 Lines are means over the seeds, bands and bars reach from the worst to the best seed. Colours are those of
-:mod:`ranksearch.plots`; strategies also differ in the shape of their points.
+:mod:`ranksearch.drawing`; strategies also differ in the shape of their points.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ranksearch.comparison.result import Cell, Comparison, Run
-from ranksearch.plots import COLOURS, MARKERS, SYMBOLS
+from ranksearch.drawing import COLOURS, MARKERS, SYMBOLS
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter

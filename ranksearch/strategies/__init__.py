@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
+from ranksearch.strategies import auto
 from ranksearch.strategies.alds import Alds
 from ranksearch.strategies.auto import Auto
 from ranksearch.strategies.energy import Energy
@@ -47,6 +48,7 @@ __all__ = [
     "Strategy",
     "Terms",
     "build_strategy",
+    "prices_read",
     "runs_funnels",
 ]
 
@@ -109,7 +111,7 @@ def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) ->
     problems = [_unknown_option(spec, option, taken) for option in spec.options if option not in taken]
     if "price" in fields:
         problems += _unknown_price(spec)
-        given["price"] = spec.price
+        given |= {} if spec.price is None else {"price": spec.price}
     if "cost" in taken and "params" in terms.objectives and "macs" not in terms.objectives:
         given["cost"] = "params"
     if "targets" in taken and terms.targets:
@@ -240,6 +242,12 @@ def runs_funnels(spec: StrategySpec) -> bool:
     return spec.name == "funnel" or (spec.name in _SEEDED and "funnel" in spec.seeds)
 
 
+def prices_read(spec: StrategySpec) -> set[str]:
+    """The prices that the strategy, or a seed of its, reckons with."""
+    names = READ_PRICES & {spec.name, *(spec.seeds if spec.name in _SEEDED else ())}
+    return {spec.price or (auto.PRICE if name == auto.NAME else PREDICTED) for name in names}
+
+
 def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[tuple[int, ...]] = ()) -> Strategy:
     """The strategy of a space file: it never proposes the same rank map twice.
 
@@ -286,7 +294,7 @@ def _unknown_option(spec: StrategySpec, option: str, known: Collection[str]) -> 
 
 def _unknown_price(spec: StrategySpec) -> list[Problem]:
     known = (PREDICTED, *MEASURED)
-    if spec.price in known:
+    if spec.price is None or spec.price in known:
         return []
     near = get_close_matches(spec.price, known, n=1)
     remedy = f"Did you mean `{near[0]}`?" if near else f"Known: {', '.join(known)}."

@@ -1,85 +1,75 @@
 """The knapsack front under prices that are learned from the trials.
 
-Ours. A price says what replacing one layer alone is predicted to lose. Of a whole rank map m, the negative logarithm of
-the accuracy (or, where that is the objective, the loss) is modelled as
+Ours. For every proposal one set of weights of the prices is drawn from the posterior that the trials leave (see
+``learned``; W. R. Thompson, "On the likelihood that one unknown probability exceeds another in view of the evidence of
+two samples", 1933), the exact knapsack front of the prices so weighted is worked out, and of its rank maps the one is
+tried that would add most hypervolume to the front measured so far, as E. Bradford, A. M. Schweidtmann, A. Lapkin do
+with Gaussian processes ("Efficient multiobjective optimization employing Gaussian processes, spectral sampling and a
+genetic algorithm", 2018). Every other proposal is the drawn front's rank map at one of the targets instead, where there
+are some. Running trials count with the loss that the model expects of them.
 
-    z(m) = b + sum over layers l of w(l, format) price(l, m_l),   w(l, f) = s + a_l + c_f,
-
-a Bayesian linear regression on the trials so far: s is what the prices are worth, a_l what layer l differs by (how much
-the network minds its error), c_f what the format differs by (errors compare ranks better than formats). The worse a
-trial the less it matters by how much, so its noise grows with z. For every proposal one set of weights is
-drawn from the posterior (W. R. Thompson, "On the likelihood that one unknown probability exceeds another in view of
-the evidence of two samples", 1933), the exact knapsack front of the prices so weighted is worked out, and of its rank
-maps the one is tried that would add most hypervolume to the front measured so far, as E. Bradford, A. M. Schweidtmann,
-A. Lapkin do with Gaussian processes ("Efficient multiobjective optimization employing Gaussian processes, spectral
-sampling and a genetic algorithm", 2018). Running trials count with the loss that the model expects of them.
-
-The first proposals are those of ``knapsack``: the targets, then spread over the MACs.
+The first proposals are those of ``knapsack``: the targets, then spread over the MACs. From then on each carries its
+*promise*: how much larger the hypervolume would be were all of the drawn front tried and the draw right. Draws are
+optimistic, so the mean over the last proposals is an upper estimate of what more trials would bring; where it falls
+under ``min_gain``, the search ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from math import inf, isfinite, log
-from typing import Any, Final
+from math import inf
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ranksearch.front import non_dominated
 from ranksearch.strategies.history import proposals_made, tried
-from ranksearch.strategies.hull import Cost, check_cost, layer_costs, layer_losses
-from ranksearch.strategies.knapsack import Knapsack, predicted_front
-from ranksearch.strategies.ladder import Choices, Ladder
+from ranksearch.strategies.hull import Cost, check_cost
+from ranksearch.strategies.knapsack import Knapsack
+from ranksearch.strategies.ladder import Ladder
+from ranksearch.strategies.learned import LearnedPrices
 from ranksearch.strategies.random import step_to_new
-from ranksearch.table import PREDICTED, PriceTable
+from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Signal, Trial
 
 NAME: Final = "auto"
-HISTORY: Final = 500
-"""Trials that are learned from at most, the newest."""
+PRICE: Final = "second-order"
+"""Ranks the candidates as the measured divergence does, at a seventh of its time (benchmarks/price_measurement.py)."""
+PROMISE: Final = "promise"
+"""The key of a proposal's note."""
+PROMISES: Final = 8
+"""Proposals, the last ones, whose mean promise is the estimate of what more trials would bring."""
 ATTEMPTS: Final = 8
 """Draws of weights until one's front has a rank map that was not tried."""
 STEPS: Final = 1000
 """Rank maps near the measured front that are looked at, where no draw has a new one."""
-LAYER_SPREAD: Final = 1.0
-FORMAT_SPREAD: Final = 0.5
-"""Standard deviations of a_l and c_f before any trial, as multiples of s."""
-BOLDNESS: Final = 0.3
-"""What is drawn from the posterior lies as much nearer to its mean: with a few dozen trials for some twenty weights,
-draws from all of it mostly try what is worse than what is known."""
-LEAST_ACCURACY: Final = 1e-3
-NOISE: Final = 0.1
-"""Standard deviation of a loss, as a share of what it is above the least one."""
-LEAST_NOISE: Final = 0.01
-"""The same as a share of the largest loss, at least."""
-LEAST_WEIGHT: Final = 0.05
-"""Smallest weight, as a multiple of s: no error is for nothing."""
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto:
-    """Rank maps of knapsack fronts under learned prices; DONE when none within the limit on MACs is left to find."""
+    """Rank maps of knapsack fronts under learned prices.
+
+    DONE when none within the limit on MACs is left to find, or when more trials promise less than ``min_gain``.
+    """
 
     seed: int
     objectives: tuple[str, ...]
     targets: tuple[float, ...] = ()
     max_macs_ratio: float = inf
-    price: str = PREDICTED
+    price: str = PRICE
     cost: Cost = "macs"
     """What the front is against: ``macs`` or ``params``."""
     first: int = 12
     """Proposals before the prices are learned."""
+    min_gain: float = 0.0
+    """The search ends where more trials promise to enlarge the hypervolume by less than this share."""
 
     def __post_init__(self) -> None:
         check_cost(self.cost)
         if type(self.first) is not int or self.first < 0:
             raise ValueError(f"first must be a whole number from 0 on, found {self.first!r}")
+        if type(self.min_gain) not in (int, float) or not self.min_gain >= 0:
+            raise ValueError(f"min_gain must be a share from 0 on, found {self.min_gain!r}")
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
@@ -93,13 +83,26 @@ class Auto:
             choices = ladder.rung(table, known, made)
             if choices is not None:
                 return Proposal(choices=choices, origin=NAME)
-        index = proposals_made(trials)
-        model = _Model(self, table, trials)
+        left = promise(trials)
+        if left is not None and left < self.min_gain:
+            return DONE
+        index, turn = proposals_made(trials), made - self.first
+        # Hypervolume is mostly to be had where networks are small; a target says where a good one is wanted.
+        target = self.targets[turn // 2 % len(self.targets)] if self.targets and turn % 2 == 0 else None
+        model = LearnedPrices(
+            table,
+            trials,
+            price=self.price,
+            cost=self.cost,
+            objectives=self.objectives,
+            max_macs_ratio=self.max_macs_ratio,
+        )
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng([self.seed, index, attempt])
-            choices = model.best(model.draw(rng), known)
-            if choices is not None:
-                return Proposal(choices=choices, origin=NAME)
+            found = model.best(model.draw(rng), known, target=target)
+            if found is not None:
+                choices, share = found
+                return Proposal(choices=choices, origin=NAME, note={PROMISE: share} if share < inf else {})
         rng = np.random.default_rng([self.seed, index, ATTEMPTS])
         start = model.incumbent(rng)
         for _ in range(min(STEPS, table.size - len(known))):
@@ -110,187 +113,11 @@ class Auto:
         return DONE
 
 
-@dataclass(frozen=True, eq=False)
-class _Prices:
-    """The table as arrays: one column a candidate, layer after layer."""
+def promise(trials: Sequence[Trial]) -> float | None:
+    """By how much more trials would enlarge the hypervolume, as a share of it, at most and by what ``auto`` expects.
 
-    losses: list[list[float]]
-    """Finite: a candidate that was measured to break the network counts twice the largest loss that is a number."""
-    costs: list[list[int]]
-    formats: tuple[str, ...]
-    form: list[list[int]]
-    """Index of each candidate's format; -1 for dense."""
-
-
-@lru_cache(maxsize=4)
-def _prices(table: PriceTable, price: str, cost: Cost) -> _Prices:
-    formats = tuple(sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense}))
-    losses = layer_losses(table, price)
-    broken = 2 * max((loss for layer in losses for loss in layer if isfinite(loss)), default=0.0) or 1.0
-    return _Prices(
-        losses=[[loss if isfinite(loss) else broken for loss in layer] for layer in losses],
-        costs=layer_costs(table, cost),
-        formats=formats,
-        form=[[-1 if c.dense else formats.index(c.format) for c in layer.candidates] for layer in table.layers],
-    )
-
-
-@dataclass(frozen=True)
-class _Quality:
-    """How a trial's quality becomes a number that adds up over layers, and back to what the front is made of."""
-
-    accuracy: bool
-    """Whether the objective is the accuracy; else it is the loss."""
-
-    def of(self, trial: Trial) -> float | None:
-        """Of a complete trial: the negative logarithm of its accuracy, or its loss. Less is better."""
-        if trial.outcome is None:
-            return None
-        return -log(max(trial.outcome.accuracy_search, LEAST_ACCURACY)) if self.accuracy else trial.outcome.loss
-
-    def shown(self, z: Floats) -> Floats:
-        """The share of wrong answers, or the loss."""
-        found: Floats = -np.expm1(-z) if self.accuracy else z
-        return found
-
-    def worst(self, z: Floats) -> float:
-        """What every point of a front is better than."""
-        return 1.0 if self.accuracy else float(z.max(initial=0.0))
-
-
-class _Model:
-    """What the trials say of the prices."""
-
-    def __init__(self, rule: Auto, table: PriceTable, trials: Sequence[Trial]) -> None:
-        self.prices = _prices(table, rule.price, rule.cost)
-        self.quality = _Quality(accuracy="accuracy" in rule.objectives)
-        self.limit = table.dense_macs * rule.max_macs_ratio
-        self.table, self.layers = table, len(table.layers)
-        self.whole = float(table.macs(table.dense) if rule.cost == "macs" else table.params(table.dense))
-        self.other = float(table.other_macs if rule.cost == "macs" else table.other_params)
-        self.costs = [np.array(layer) for layer in self.prices.costs]
-        self.macs = [np.array([c.macs for c in layer.candidates]) for layer in table.layers]
-        maps = [trial for trial in trials if not trial.proposal.funnel]
-        newest = sorted(maps, key=lambda trial: trial.index)[-HISTORY:]
-        seen = [(trial.proposal.choices, self.quality.of(trial)) for trial in newest]
-        scored = [(choices, loss) for choices, loss in seen if loss is not None]
-        self.maps = [choices for choices, _ in scored]
-        self.losses = np.array([loss for _, loss in scored])
-        self.front = self._measured(maps)
-        self.running = [t.proposal.choices for t in maps if t.state == "RUNNING"]
-        self._learn()
-
-    def _measured(self, trials: Sequence[Trial]) -> list[tuple[tuple[float, float], Choices]]:
-        """The front of all feasible trials, however old: cost and loss with the rank map, by rising cost."""
-        scored = [(trial, self.quality.of(trial)) for trial in trials if trial.feasible]
-        found = [(trial.proposal.choices, loss) for trial, loss in scored if loss is not None]
-        costs = self._cost(self._rows([choices for choices, _ in found])).tolist()
-        points = [(cost, loss) for cost, (_, loss) in zip(costs, found, strict=True)]
-        return [(points[i], found[i][0]) for i in non_dominated(points)]
-
-    def allowed(self, choices: Choices) -> bool:
-        """Whether a rank map keeps the budget's limit on MACs."""
-        return self.table.macs(choices) <= self.limit
-
-    def features(self, choices: Sequence[int]) -> Floats:
-        """``(2 + L + F,)``: what b, s, every a_l and every c_f are multiplied with."""
-        found = np.zeros(2 + self.layers + len(self.prices.formats))
-        found[0] = 1.0
-        for layer, choice in enumerate(choices):
-            loss, form = self.prices.losses[layer][choice], self.prices.form[layer][choice]
-            found[1] += loss
-            found[2 + layer] = loss
-            if form >= 0:
-                found[2 + self.layers + form] += loss
-        return found
-
-    def _learn(self) -> None:
-        """Mean and a root of the covariance of the weights."""
-        size = 2 + self.layers + len(self.prices.formats)
-        self.mean, self.root = np.zeros(size), np.zeros((size, size))
-        self.scale = self.mean[1] = 1.0
-        if len(self.maps) < 2:
-            return
-        x = np.stack([self.features(choices) for choices in self.maps])
-        low, high = float(self.losses.min()), float(self.losses.max())
-        noise = NOISE * (self.losses - low) + LEAST_NOISE * max(high - low, 1e-9)
-        # What the prices are worth: the slope of a line through the trials, weighted by their noise.
-        centred = x[:, 1] - np.average(x[:, 1], weights=noise**-2)
-        slope = float((noise**-2 * centred * self.losses).sum() / max((noise**-2 * centred**2).sum(), 1e-300))
-        rise = (high - low) / max(float(np.ptp(x[:, 1])), 1e-12)
-        self.scale = slope if isfinite(slope) and slope > 0.01 * rise else rise or 1.0
-        spread = np.full(size, LAYER_SPREAD * self.scale)
-        spread[0], spread[1] = max(high - low, 1e-9), self.scale
-        spread[2 + self.layers :] = FORMAT_SPREAD * self.scale
-        prior = np.zeros(size)
-        prior[0], prior[1] = low, self.scale
-        scaled = x * spread / noise[:, None]
-        half = np.linalg.inv(np.linalg.cholesky(np.eye(size) + scaled.T @ scaled)).T
-        self.mean = prior + spread * (half @ (half.T @ (scaled.T @ ((self.losses - x @ prior) / noise))))
-        self.root = spread[:, None] * half
-
-    def draw(self, rng: np.random.Generator) -> Floats:
-        """Weights drawn from the posterior, nearer to its mean than it says."""
-        return self.mean + BOLDNESS * (self.root @ rng.standard_normal(len(self.mean)))
-
-    def weighted(self, weights: Floats) -> list[list[float]]:
-        """The loss that each candidate of each layer adds under these weights."""
-        shares = np.append(weights[2 + self.layers :], 0.0)  # dense is of no format
-        found = []
-        for layer, (losses, form) in enumerate(zip(self.prices.losses, self.prices.form, strict=True)):
-            each = np.maximum(weights[1] + weights[2 + layer] + shares[form], LEAST_WEIGHT * self.scale)
-            found.append((each * losses).tolist())
-        return found
-
-    def best(self, weights: Floats, known: set[Choices]) -> Choices | None:
-        """Of the front under these weights, the new rank map that adds most hypervolume; None where all are known."""
-        added = self.weighted(weights)
-        new = self._rows([c for c in predicted_front(self.prices.costs, added) if c not in known])
-        new = new[self._totals(new, self.macs) + self.table.other_macs <= self.limit]
-        if not len(new):
-            return None
-        losses = [np.array(layer) for layer in added]
-        running = self._rows(self.running)
-        expected = zip(self._cost(running).tolist(), self._totals(running, losses).tolist(), strict=True)
-        seen = [point for point, _ in self.front] + [(cost, weights[0] + loss) for cost, loss in expected]
-        front = np.array([seen[i] for i in non_dominated(seen)]).reshape(-1, 2)
-        points = np.column_stack([self._cost(new), self.quality.shown(weights[0] + self._totals(new, losses))])
-        front[:, 1] = self.quality.shown(front[:, 1])
-        reference = np.array([1.0, self.quality.worst(self.losses)])
-        return tuple(new[int(np.argmax(gains(points, front, reference)))].tolist())
-
-    def incumbent(self, rng: np.random.Generator) -> Choices:
-        """One of the measured front's rank maps; without any, dense, or the cheapest where dense is not allowed."""
-        if not self.front:
-            return self.table.dense if self.allowed(self.table.dense) else (0,) * self.layers
-        return self.front[rng.integers(len(self.front))][1]
-
-    def _cost(self, maps: Ints) -> Floats:
-        """The cost of rank maps, one a row, as shares of the dense network's."""
-        return (self.other + self._totals(maps, self.costs)) / self.whole
-
-    def _rows(self, maps: Sequence[Choices]) -> Ints:
-        """Rank maps as a matrix, one a row."""
-        return np.array(maps, dtype=np.int64).reshape(-1, self.layers)
-
-    def _totals(self, maps: Ints, values: Sequence[NDArray[Any]]) -> Floats:
-        """The sum over the layers of the candidates' values, for every row of a matrix of rank maps."""
-        found = np.zeros(len(maps))
-        for each, column in zip(values, maps.T, strict=True):
-            found += each[column]
-        return found
-
-
-def gains(points: Floats, front: Floats, reference: Floats) -> Floats:
-    """The area that each of the points ``(N, 2)`` would add to that dominated by a front ``(M, 2)``, both minimised.
-
-    The front is sorted by its first coordinate, no point of it dominating another.
+    None while fewer than :data:`PROMISES` proposals have said so.
     """
-    inside = front[(front < reference).all(axis=1)]
-    lefts = np.concatenate([[-np.inf], inside[:, 0]])
-    rights = np.append(inside[:, 0], reference[0])
-    heights = np.concatenate([[reference[1]], inside[:, 1]])
-    # Between two neighbours of the front everything above the left one's height is dominated already.
-    widths = np.clip(rights - np.maximum(lefts, points[:, :1]), 0.0, None)
-    found: Floats = (widths * np.clip(heights - points[:, 1:], 0.0, None)).sum(axis=1)
-    return found
+    newest = sorted(trials, key=lambda trial: trial.index)
+    said = [trial.proposal.note[PROMISE] for trial in newest if PROMISE in trial.proposal.note]
+    return sum(said[-PROMISES:]) / PROMISES if len(said) >= PROMISES else None

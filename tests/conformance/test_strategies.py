@@ -17,7 +17,10 @@ from tests.tables import measured_table, price_table, proposal_outcome
 OBJECTIVES = ("accuracy", "macs")
 
 CASES: dict[str, list[StrategySpec]] = {
-    "auto": [StrategySpec(name="auto"), StrategySpec(name="auto", price="loss", options={"first": 1})],
+    "auto": [
+        StrategySpec(name="auto", price="predicted"),
+        StrategySpec(name="auto", price="loss", options={"first": 1}),
+    ],
     "uniform": [StrategySpec(name="uniform")],
     "energy": [StrategySpec(name="energy")],
     "water-filling": [StrategySpec(name="water-filling")],

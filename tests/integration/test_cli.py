@@ -404,6 +404,21 @@ def test_apply_decomposes_afresh(run: Any, done: Path, bare_map: Path, tmp_path:
     assert run("evaluate", plain, "--data", QUICKSTART).code == 0
 
 
+def test_apply_exports_a_network_that_runs(run: Any, done: Path, tmp_path: Path) -> None:
+    rank_map, weights = tmp_path / "map.json", tmp_path / "compressed.safetensors"
+    assert run("export", "done", "--knee", "-o", rank_map, "--save-weights", weights).code == 0
+    ended = run("apply", rank_map, "--to", "python", "-o", tmp_path / "network.py")
+    assert ended.code == 0, ended.err
+    assert "the same class for 100.00 %" in ended.out
+    manifest = json.loads((tmp_path / "network.py.manifest.json").read_text())
+    assert manifest["comparison"]["images"] == 500  # 200 search and 300 report images
+    found = json.loads(rank_map.read_text())
+    right = 200 * found["metrics"]["accuracy_search"] + 300 * found["metrics"]["accuracy"]
+    assert manifest["comparison"]["accuracy"] == pytest.approx(right / 500, abs=1e-9)
+    run("apply", rank_map, "--to", "onnx", "-o", tmp_path / "network.py").error("must end in .onnx", code=1)
+    run("apply", rank_map, "--images", "noise", "-o", tmp_path / "n.safetensors").error("go with --to")
+
+
 def test_a_rank_map_for_another_model_is_refused(run: Any, bare_map: Path, tmp_path: Path) -> None:
     weights = tmp_path / "dense.safetensors"
     save_file(build_model(ModelSpec(name="resnet20"), weights=None).state_dict(), weights)

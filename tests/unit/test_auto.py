@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from ranksearch.errors import SpaceError
 from ranksearch.front import hypervolume, non_dominated
 from ranksearch.space import StrategySpec
-from ranksearch.strategies import Terms, auto, build_strategy
-from ranksearch.strategies.auto import Auto, gains
-from ranksearch.table import PriceTable
+from ranksearch.strategies import Terms, build_strategy, learned
+from ranksearch.strategies.auto import promise
+from ranksearch.strategies.learned import LearnedPrices, area, gains
+from ranksearch.table import PREDICTED, PriceTable
 from ranksearch.trial import DONE, Outcome, Proposal, Trial, objective_values
 from tests.tables import price_table
 
@@ -33,7 +34,7 @@ def accuracy(table: PriceTable, choices: tuple[int, ...], seed: int) -> float:
 
 def searched(name: str, table: PriceTable, trials: int, seed: int, terms: Terms) -> list[Trial]:
     """The trials of a search in batches of four."""
-    strategy = build_strategy(StrategySpec(name=name), terms)
+    strategy = build_strategy(StrategySpec(name=name, price=PREDICTED), terms)
     found: list[Trial] = []
     while len(found) < trials:
         batch: list[Trial] = []
@@ -95,9 +96,38 @@ def test_the_gain_of_a_point_is_the_hypervolume_that_it_adds(
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
+def test_every_other_learned_proposal_is_at_a_target() -> None:
+    table = price_table(8, 10)
+    terms = Terms(seed=0, objectives=OBJECTIVES, targets=(0.5, 0.3))
+    ratios = [table.macs_ratio(trial.proposal.choices) for trial in searched("auto", table, 28, 0, terms)]
+    for turn, target in enumerate((0.5, 0.3, 0.5, 0.3, 0.5, 0.3)):
+        assert target - 0.03 < ratios[12 + 2 * turn] <= target, (turn, ratios)
+
+
+def test_a_promise_falls_and_ends_the_search_where_it_is_small() -> None:
+    table, terms = price_table(4, 5), Terms(seed=0, objectives=OBJECTIVES)
+    trials = searched("auto", table, 80, 0, terms)
+    after = {n: promise(trials[:n]) for n in (12, 24, 40, 80)}
+    assert after[12] is None
+    early, middle, late = (after[n] or 0.0 for n in (24, 40, 80))
+    assert early > middle > late >= 0
+    stopping = build_strategy(StrategySpec(name="auto", price=PREDICTED, options={"min_gain": middle}), terms)
+    assert isinstance(stopping.propose(table, trials[:24]), Proposal)
+    assert stopping.propose(table, trials) is DONE
+
+
+@settings(deadline=None)
+@given(points=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), max_size=8))
+def test_the_area_of_points_is_their_hypervolume(points: list[tuple[float, float]]) -> None:
+    found = area(np.array(points).reshape(-1, 2), np.array([1.0, 1.0]))
+    assert found == pytest.approx(hypervolume(points, (1.0, 1.0)), abs=1e-12)
+
+
 def test_a_search_ends_when_every_rank_map_within_the_limit_was_tried() -> None:
     table = price_table(3, 4)
-    strategy = build_strategy(StrategySpec(name="auto"), Terms(seed=0, objectives=OBJECTIVES, max_macs_ratio=0.6))
+    strategy = build_strategy(
+        StrategySpec(name="auto", price=PREDICTED), Terms(seed=0, objectives=OBJECTIVES, max_macs_ratio=0.6)
+    )
     trials: list[Trial] = []
     while isinstance(proposal := strategy.propose(table, trials), Proposal):
         trials.append(complete(table, proposal, len(trials)))
@@ -107,10 +137,10 @@ def test_a_search_ends_when_every_rank_map_within_the_limit_was_tried() -> None:
 
 
 def test_the_measured_front_holds_trials_of_any_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "HISTORY", 8)
+    monkeypatch.setattr(learned, "HISTORY", 8)
     table = price_table(6, 8)
     trials = searched("random", table, 40, 0, Terms(seed=0, objectives=OBJECTIVES))
-    model = auto._Model(Auto(seed=0, objectives=OBJECTIVES), table, trials)
+    model = LearnedPrices(table, trials, price=PREDICTED, cost="macs", objectives=OBJECTIVES, max_macs_ratio=inf)
     points = [(t.outcome.macs, -t.outcome.accuracy_search) for t in trials if t.outcome]
     expected = [trials[i].proposal.choices for i in non_dominated(points)]
     assert [choices for _, choices in model.front] == expected
@@ -137,7 +167,11 @@ def test_a_candidate_that_was_measured_to_break_the_network_is_learned_from() ->
     assert isinstance(strategy.propose(table, trials), Proposal)
 
 
-@pytest.mark.parametrize("first", ["many", 2.5, -1])
-def test_wrong_options_are_told(first: object) -> None:
-    with pytest.raises(SpaceError, match="first must be a whole number"):
-        build_strategy(StrategySpec(name="auto", options={"first": first}), Terms(seed=0, objectives=OBJECTIVES))
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [({"first": value}, "first must be a whole number") for value in ("many", 2.5, -1)]
+    + [({"min_gain": value}, "min_gain must be a share") for value in ("much", -0.1, float("nan"))],
+)
+def test_wrong_options_are_told(options: dict[str, object], rule: str) -> None:
+    with pytest.raises(SpaceError, match=rule):
+        build_strategy(StrategySpec(name="auto", options=options), Terms(seed=0, objectives=OBJECTIVES))

@@ -23,7 +23,7 @@ from ranksearch.pricing import Factors, Selection, decompose, price, select
 from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
 from ranksearch.space import Space
 from ranksearch.surgery import apply_rank_map, skeleton
-from ranksearch.table import PriceTable
+from ranksearch.table import DENSE, PriceTable
 from tests import oracles
 from tests.networks import SharedNet, SmallNet, small_images, small_net
 
@@ -160,21 +160,24 @@ def test_a_pin_on_a_shared_layer_is_refused() -> None:
         select(space_of(fix={"shared": {"format": "tucker2", "ranks": [2, 2]}}), SharedNet(), SharedNet.shape)
 
 
-def test_candidates_are_those_that_no_other_beats(tmp_path: Path) -> None:
+def test_candidates_are_those_that_no_other_of_their_format_beats(tmp_path: Path) -> None:
     net = small_net()
     space = space_of(ranks={"ratios": [0.2, 0.4, 0.6, 0.8, 1.0]})
     table, selection, factors = priced(space, net, SmallNet.shape, tmp_path)
     for layer in table.layers:
-        offered = {(float(layer.conv.macs), 0.0)}
+        expected = [(float(layer.conv.macs), 0.0, DENSE)]
         for form in selection.searched[layer.name]:
             prepared = factors[layer.name, form, "weight-only"]
             bounds = max_rank(FORMATS[form], layer.conv)
+            offered = set()
             for ratios in itertools.product(space.ranks.ratios, repeat=len(bounds)):
                 ranks = tuple(int(np.ceil(round(r * b, 6))) for r, b in zip(ratios, bounds, strict=True))
                 macs = sum(stage.macs for stage in stages(FORMATS[form], layer.conv, ranks))
                 offered.add((float(macs), error(FORMATS[form], layer.conv, prepared, ranks)))
-        cheaper = oracles.unbeaten([p for p in offered if p[0] < layer.conv.macs]) | {(float(layer.conv.macs), 0.0)}
-        assert [(c.macs, c.error) for c in layer.candidates] == sorted(cheaper)
+            cheaper = oracles.unbeaten([point for point in offered if point[0] < layer.conv.macs])
+            expected += [(*point, form) for point in cheaper]
+        assert sorted((c.macs, c.error, c.format) for c in layer.candidates) == sorted(expected)
+        assert [c.macs for c in layer.candidates] == sorted(c.macs for c in layer.candidates)
 
 
 def test_the_ranks_of_a_users_map_are_candidates_beside_all_others(tmp_path: Path) -> None:

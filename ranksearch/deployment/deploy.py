@@ -1,0 +1,283 @@
+"""From a rank map to a file that the network runs from: written aside, read back, compared, and only then put in place.
+
+The comparison is with the compressed network as it was built, before any folding, on real images.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ranksearch.data import Data, to_input
+from ranksearch.deployment.portable import ONNX, PT2, SAFETENSORS
+from ranksearch.deployment.source import PYTHON
+from ranksearch.deployment.target import Job, Runner, Target, first_line
+from ranksearch.errors import ExportError, RanksearchError
+from ranksearch.export import file_hash, load_compressed, read_compressed
+from ranksearch.factors import threads
+from ranksearch.handover import compress
+from ranksearch.models import build_model
+from ranksearch.preparation import Notify, silent, versions
+from ranksearch.rankmap import RankMap
+from ranksearch.recorded import RECORDED, load_recorded, scoring_of
+from ranksearch.space import ModelSpec
+from ranksearch.storage import Store
+from ranksearch.surgery import count_macs, count_params, run_one
+
+TARGETS: dict[str, Target] = {"safetensors": SAFETENSORS, "pt2": PT2, "onnx": ONNX, "python": PYTHON}
+NOISE = "noise"
+"""In place of images: random ones, where the data cannot be had."""
+IMAGES = 5000
+"""Images on which an export is compared, at most: search-validation and report images."""
+TOLERANCE = 1e-4
+"""Largest difference of an output, as a share of the largest output where that is above 1."""
+_NOISE_IMAGES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """An exported network beside the one it was made from."""
+
+    images: int
+    source: str
+    """``recorded``, a file or folder, or ``noise``."""
+    top1_agreement: float
+    """Share of the images for which both name the same class."""
+    max_difference: float
+    """Largest difference of any output."""
+    largest_output: float
+    """Largest magnitude of any output of the network it was made from."""
+    accuracy: float | None
+    """Top-1 accuracy of the exported network, 0 to 1, on these images; None on noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """What was written."""
+
+    files: tuple[Path, ...]
+    manifest: Path
+    agreement: Agreement
+    rank_map: RankMap
+
+
+def deploy(
+    file: Path,
+    output: Path,
+    *,
+    to: str,
+    images: str | None = None,
+    model: str | None = None,
+    weights: Path | None = None,
+    data: str | None = None,
+    storage: str | Path | None = None,
+    notify: Notify = silent,
+) -> Deployed:
+    """Write the compressed network of a rank map in a format that other programs run, with a manifest beside it.
+
+    The weights are those stored with the map. Where it has none, or ``data`` or ``model`` is given, the dense network
+    is decomposed afresh, as :func:`ranksearch.handover.compress` does.
+
+    Args:
+        file: the map, or compressed weights that carry one.
+        output: file to write; the manifest's name is this with ``.manifest.json`` added.
+        to: a key of ``TARGETS``.
+        images: what to compare on: ``"recorded"`` by the map's search, a space file, a folder that replaces the
+            recorded root, or ``"noise"``. By default ``data``, or else the recorded.
+        model: architecture of the dense network.
+        weights: of the dense network.
+        data: calibration images for activation-aware factors.
+        storage: where the cache is.
+        notify: told what is being done.
+
+    Raises:
+        ExportError: the network cannot be written so, or does not compute the same when it is read back. Then no file
+            is left.
+        RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
+    """
+    target = _target(to, output)
+    with tempfile.TemporaryDirectory() as folder:
+        if data is not None or model is not None or read_compressed(file)[1] is None:
+            afresh = Path(folder) / "afresh.safetensors"
+            compress(file, afresh, model=model, weights=weights, data=data, storage=storage, notify=notify)
+            file = afresh
+        rank_map, stored = read_compressed(file)
+        structure = build_model(ModelSpec(name=rank_map.model.name, options=rank_map.model.options), weights=None)
+        network = load_compressed(rank_map, structure, cast(Path, stored))
+    _check_outputs(run_one(network, rank_map.model.input_shape), rank_map)
+    source = images or data or RECORDED
+    loaded = None if source == NOISE else load_recorded(rank_map, source, Store(storage).cache, notify)
+    job = Job(rank_map=rank_map.model_copy(update={"weights": None}), network=network, structure=structure)
+    with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as folder:
+        aside = Path(folder) / output.name
+        notify(f"writing {to}", 0, 1)
+        _written(target, job, aside)
+        agreement = _compared(target, job, aside, loaded, source, notify)
+        manifest = _manifest(to, target, job, Path(folder), agreement, loaded)
+        described = Path(folder) / f"{output.name}.manifest.json"
+        described.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        files = [output.parent / found.name for found in sorted(Path(folder).iterdir()) if found != described]
+        for found in sorted(Path(folder).iterdir()):
+            os.replace(found, output.resolve().parent / found.name)
+    return Deployed(files=tuple(files), manifest=output.parent / described.name, agreement=agreement, rank_map=rank_map)
+
+
+def _target(to: str, output: Path) -> Target:
+    if to not in TARGETS:
+        raise ExportError(f"a network is exported to one of {', '.join(TARGETS)}, found {to!r}. Choose one.")
+    target = TARGETS[to]
+    if output.suffix != target.suffix:
+        raise ExportError(f"a file of {to} must end in {target.suffix}, found {output}. Name it so.")
+    if not output.resolve().parent.is_dir() or output.is_dir():
+        raise ExportError(f"cannot write {output}: it must be a file in a folder that exists. Make the folder.")
+    return target
+
+
+def _check_outputs(outputs: Any, rank_map: RankMap) -> None:
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not outputs.is_floating_point():
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ExportError(
+            f"a network to be exported must give one tensor (N, classes), {rank_map.model.name} gives {found}. "
+            "Wrap it in a model that does."
+        )
+
+
+def _written(target: Target, job: Job, path: Path) -> None:
+    try:
+        target.write(job, path)
+    except (RanksearchError, OSError):
+        raise
+    except Exception as error:  # whatever the library of a format raises
+        raise ExportError(
+            f"{job.rank_map.model.name} cannot be written as {target.suffix}: {first_line(error)}. "
+            f"Choose another of {', '.join(TARGETS)}."
+        ) from error
+
+
+@torch.no_grad()
+def _compared(target: Target, job: Job, path: Path, data: Data | None, source: str, notify: Notify) -> Agreement:
+    """Both networks on the images; raises :class:`ExportError` where they do not compute the same."""
+    count, batch_images, _ = scoring_of(job.rank_map)
+    total = _NOISE_IMAGES if data is None else min(IMAGES, len(data.search) + len(data.report))
+    done = same = right = 0
+    difference = largest = 0.0
+    with threads(count):
+        run = _runner(target, job, path)
+        for images, labels in _batches(data, job.rank_map, total, batch_images):
+            notify("comparing on images", done, total)
+            ours = job.network(images)
+            theirs = _outputs(run, images, ours, path)
+            gap = float((ours - theirs).abs().max())
+            difference = max(difference, gap if isfinite(gap) else inf)
+            largest = max(largest, float(ours.abs().max()))
+            same += int((ours.argmax(1) == theirs.argmax(1)).sum())
+            right += 0 if labels is None else int((theirs.argmax(1) == labels).sum())
+            done += len(images)
+    found = Agreement(
+        images=done,
+        source=source,
+        top1_agreement=same / done,
+        max_difference=difference,
+        largest_output=largest,
+        accuracy=None if data is None else right / done,
+    )
+    if difference > TOLERANCE * max(1.0, largest) or same < done:
+        raise ExportError(
+            f"an exported network must compute what the compressed one does: outputs within {TOLERANCE} of it (of the "
+            f"largest output where that is above 1) and every class the same; {path.name}, read back, differs by up to "
+            f"{difference:.3g} where the largest output is {largest:.3g}, and names the same class for {same} of "
+            f"{done} images. No file was left. Is there chance in the network's forward, or a value that is no number?"
+        )
+    return found
+
+
+def _runner(target: Target, job: Job, path: Path) -> Runner:
+    try:
+        return target.read(job, path)
+    except Exception as error:  # whatever the library of a format raises
+        raise ExportError(
+            f"an export must be readable, {path.name} is not: {first_line(error)}. No file was left; choose another "
+            f"of {', '.join(TARGETS)}."
+        ) from error
+
+
+def _outputs(run: Runner, images: Tensor, like: Tensor, path: Path) -> Tensor:
+    try:
+        found = run(images)
+    except Exception as error:  # whatever the library of a format raises
+        raise ExportError(
+            f"an export must run on images of shape {tuple(images.shape)}, {path.name} does not: {first_line(error)}. "
+            f"No file was left; choose another of {', '.join(TARGETS)}."
+        ) from error
+    if found.shape != like.shape:
+        raise ExportError(
+            f"an export must give outputs {tuple(like.shape)} for images {tuple(images.shape)}, {path.name} gives "
+            f"{tuple(found.shape)}. No file was left; choose another of {', '.join(TARGETS)}."
+        )
+    return found
+
+
+def _batches(
+    data: Data | None, rank_map: RankMap, total: int, batch_images: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images and labels; the first batch is a single image, so that more than one size is tried."""
+    ends = [0, 1, *range(1 + batch_images, total, batch_images), total]
+    noise = torch.Generator().manual_seed(0)
+    for start, end in pairwise(ends):
+        if end <= start:
+            continue
+        if data is None:
+            yield torch.randn((end - start, *rank_map.model.input_shape), generator=noise), None
+            continue
+        chosen = np.arange(start, end)
+        split, first = data.search, len(data.search)
+        parts = [(split, chosen[chosen < first]), (data.report, chosen[chosen >= first] - first)]
+        images = np.concatenate([one.images[index] for one, index in parts])
+        labels = np.concatenate([one.labels[index] for one, index in parts])
+        yield to_input(images, data), torch.from_numpy(labels)
+
+
+def _manifest(
+    to: str, target: Target, job: Job, folder: Path, agreement: Agreement, data: Data | None
+) -> dict[str, Any]:
+    """What was written, from what, with what, and how it compares; JSON types."""
+    rank_map, built = job.rank_map, job.folded.model if target.folded else job.network
+    known = {**versions(), **{name: importlib.metadata.version(name) for name in target.packages}}
+    files = {
+        found.name: {"sha256": file_hash(found), "bytes": found.stat().st_size} for found in sorted(folder.iterdir())
+    }
+    shape = rank_map.model.input_shape
+    return {
+        "schema_name": "ranksearch/export",
+        "version": 1,
+        "format": to,
+        "files": files,
+        "input": {
+            "shape": ["N", *shape],
+            "dtype": "float32",
+            "mean": None if data is None else list(data.mean),
+            "std": None if data is None else list(data.std),
+        },
+        "macs": count_macs(built, shape),
+        "params": count_params(built),
+        "dense_macs": rank_map.dense_macs,
+        "dense_params": rank_map.dense_params,
+        "batch_norms_folded": job.folded.norms if target.folded else 0,
+        "pointwise_merged": job.folded.merged if target.folded else 0,
+        "comparison": asdict(agreement),
+        "metrics": dict(rank_map.metrics),
+        "versions": dict(sorted(known.items())),
+        "rank_map": rank_map.model_dump(mode="json"),
+    }

@@ -1,0 +1,107 @@
+"""Safetensors with the rank map inside, torch.export archives, and ONNX models, which run in ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranksearch.deployment.target import Job, Runner, Target, first_line
+from ranksearch.errors import ExportError
+from ranksearch.export import load_compressed, save_compressed
+
+INPUT, OUTPUT = "images", "outputs"
+"""Names in an ONNX model."""
+_LARGEST = 1_900_000_000
+"""Bytes of weights that one ONNX file can hold; it has a limit of 2 GiB. More go into a file beside it."""
+
+
+def _write_safetensors(job: Job, path: Path) -> None:
+    save_compressed(job.network.state_dict(), job.rank_map, path)
+
+
+def _read_safetensors(job: Job, path: Path) -> Runner:
+    return load_compressed(job.rank_map, job.structure, path)
+
+
+def _write_pt2(job: Job, path: Path) -> None:
+    torch.export.save(job.program, path)
+
+
+def _read_pt2(job: Job, path: Path) -> Runner:
+    module = torch.export.load(path).module()
+    return lambda images: module(images)
+
+
+def _write_onnx(job: Job, path: Path) -> None:
+    _required("onnx", "onnxscript", "onnxruntime")
+    with _quiet():
+        try:
+            made = torch.onnx.export(
+                job.program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
+            )
+        except Exception as error:  # whatever the exporter meets in a graph
+            raise ExportError(
+                f"every operator of {job.rank_map.model.name} must have a place in ONNX: {first_line(error)}. "
+                "Use `--to pt2` or `--to python`."
+            ) from error
+        if made is None:
+            raise ExportError("torch.onnx gave no model. Use `--to pt2` or `--to python`.")
+        size = sum(value.nbytes for value in job.folded.model.state_dict().values())
+        made.save(str(path), external_data=size > _LARGEST)
+
+
+def _read_onnx(job: Job, path: Path) -> Runner:
+    import onnxruntime
+
+    options: Any = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: images.contiguous().numpy()})[0])
+
+    return run
+
+
+def _required(*packages: str) -> None:
+    from importlib.util import find_spec
+
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ExportError(
+            f"an ONNX export needs onnx, onnxscript and onnxruntime, found no {', '.join(missing)}. "
+            "Install them: pip install 'ranksearch[onnx]'."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says about itself: deprecations inside torch, and that torchvision is missing."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+SAFETENSORS = Target(
+    suffix=".safetensors",
+    write=_write_safetensors,
+    read=_read_safetensors,
+    folded=False,
+    packages=("torch", "safetensors"),
+)
+PT2 = Target(suffix=".pt2", write=_write_pt2, read=_read_pt2)
+ONNX = Target(
+    suffix=".onnx", write=_write_onnx, read=_read_onnx, packages=("torch", "onnx", "onnxscript", "onnxruntime")
+)

@@ -1,0 +1,78 @@
+"""What a file format of networks is: how one is written and run again; and the graph that such files are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ranksearch.errors import ExportError
+from ranksearch.folding import Folded, folded
+from ranksearch.rankmap import RankMap
+
+Runner = Callable[[Tensor], Tensor]
+"""Outputs ``(N, classes)`` of images ``(N, C, H, W)``, both float32 on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A network to be written."""
+
+    rank_map: RankMap
+    network: nn.Module
+    """The compressed network as it was built, in evaluation mode, float32, on the CPU."""
+    structure: nn.Module
+    """A network of the dense architecture, whatever its weights."""
+
+    @cached_property
+    def folded(self) -> Folded:
+        """The network with less work, its weights contiguous, as files hold them."""
+        found = folded(self.network, self.rank_map.model.input_shape)
+        for parameter in found.model.parameters():
+            parameter.data = parameter.data.contiguous()
+        return found
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The folded network as a graph of torch's operators, for any number of images.
+
+        Raises:
+            ExportError: torch.export cannot follow it.
+        """
+        # Two images: torch.export takes the sizes 0 and 1 for constants.
+        images = torch.zeros(2, *self.rank_map.model.input_shape)
+        try:
+            return torch.export.export(self.folded.model, (images,), dynamic_shapes=({0: Dim("images", min=1)},))
+        except Exception as error:  # torch.export raises whatever its stages meet
+            raise ExportError(
+                f"a network must be one graph for any number of images to be exported, {self.rank_map.model.name} is "
+                f"not: {first_line(error)}. Take what depends on the values or the number of images out of its "
+                "forward, or use `--to safetensors`."
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One format of files."""
+
+    suffix: str
+    """Of the file that is named by the user."""
+    write: Callable[[Job, Path], None]
+    """Writes the network to a file and, if need be, others beside it."""
+    read: Callable[[Job, Path], Runner]
+    """Reads it back; of the job it may take the map and the structure, not the network."""
+    folded: bool = True
+    """Whether the file holds the folded network."""
+    packages: tuple[str, ...] = ("torch",)
+    """Whose versions the manifest records."""
+
+
+def first_line(error: BaseException, most: int = 240) -> str:
+    """The kind of an error and the first line of what it says that is not empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}"[:most] if lines else type(error).__name__

@@ -1,0 +1,226 @@
+"""The dashboard in a real browser, beside studies that are being written."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+pytest.importorskip("dash", reason="needs Dash: pip install 'ranksearch[dashboard]'")
+
+from dashboards.feed import Feed
+from dashboards.figures import DRAWN, front_of, thinned
+from dashboards.server import feeds_of, serving
+from ranksearch.cli import main
+from ranksearch.errors import StudyError
+from ranksearch.launch import search
+from ranksearch.rankmap import RankMap
+from ranksearch.storage import Store
+from ranksearch.strategies import Terms, build_strategy
+from ranksearch.study import Study
+from ranksearch.trial import Failure, Proposal
+from tests.browser import chromium, opened, serious_faults
+from tests.studies import TABLE, setting_of, space_of
+from tests.tables import proposal_outcome
+
+RANDOM = build_strategy(space_of(strategy={"name": "random"}).strategy, Terms(seed=3, objectives=("accuracy", "macs")))
+
+
+def begun(name: str, trials: int, total: int = 40) -> Study:
+    study = Store().create(name, setting_of(space_of(budget={"trials": total})))
+    go_on(study, trials)
+    return study
+
+
+def go_on(study: Study, trials: int) -> None:
+    made = len(study.trials())
+    for index in range(made, made + trials):
+        proposal = RANDOM.propose(TABLE, study.trials())
+        assert isinstance(proposal, Proposal)
+        trial = study.begin(proposal, index=index)
+        study.finish(trial, Failure(reason="out of memory") if index % 6 == 5 else proposal_outcome(TABLE, proposal))
+
+
+@contextmanager
+def served(*names: str) -> Iterator[str]:
+    with feeds_of(Store(), names) as feeds:
+        server = serving(feeds, host="127.0.0.1", port=0)
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+def test_a_feed_follows_the_study_and_never_writes(storage: Path) -> None:
+    study = begun("fed", 10)
+    feed = Feed(Store().open("fed", read_only=True))
+    first = feed.snapshot
+    assert (first.done, first.failed, first.state) == (10, 1, "stopped")
+    assert [t.number for t in first.front] == study.front()["trial"].tolist()
+    journal = study.folder / "journal.log"
+    before = journal.read_bytes()
+    assert not feed.refresh()
+    assert feed.snapshot is first
+    with study.driving():
+        go_on(study, 29)
+        running = study.begin(Proposal(choices=TABLE.dense, origin="test"), index=39)
+        assert feed.refresh()
+        assert feed.snapshot.state == "running"
+        assert [t.number for t in feed.snapshot.running] == [running.number]
+        assert feed.snapshot.minutes_left is not None
+        study.finish(running, proposal_outcome(TABLE, running.proposal))
+    feed.refresh()
+    last = feed.snapshot
+    assert (last.done, last.total, last.state) == (40, 40, "finished")
+    assert [t.number for t in last.front] == study.front()["trial"].tolist()
+    assert last.course == tuple(study.course())
+    assert [(reason, count) for reason, count, _ in last.failures] == [("out of memory", last.failed)]
+    study.extend(60)
+    feed.refresh()
+    assert feed.snapshot.total == 60
+    assert journal.read_bytes().startswith(before), "only the driver has written"
+
+
+def test_a_half_written_line_is_left_to_its_driver(storage: Path) -> None:
+    journal = begun("torn", 5).folder / "journal.log"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 4, "wor')
+    before = journal.read_bytes()
+    assert Feed(Store().open("torn", read_only=True)).snapshot.done == 5
+    assert journal.read_bytes() == before
+
+
+def test_few_of_many_dominated_trials_are_drawn_and_each_left_out_is_near_one(storage: Path) -> None:
+    feed = Feed(begun("many", 40))
+    shown = feed.snapshot
+    dominated = [t for t in shown.trials.values() if t.outcome and t not in shown.front]
+    assert thinned(dominated, 1.0) == dominated
+    few = thinned(dominated, 1.0, limit=12)
+    assert 2 <= len(few) <= 12 < len(dominated)
+    assert set(map(id, few)) <= set(map(id, dominated))
+    assert len(dominated) < DRAWN
+    drawn = front_of(shown, (), {"A": shown.front[0].number})
+    assert len(drawn["data"][0]["x"]) == len(dominated)
+    assert drawn["layout"]["annotations"][-1]["text"] == "<b>A</b>"
+
+
+def test_only_this_machine_is_answered_and_nothing_can_be_framed(storage: Path) -> None:
+    begun("alone", 3)
+    with served("alone") as url:
+        with urllib.request.urlopen(url) as answer:
+            assert answer.headers["X-Frame-Options"] == "DENY"
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(url, headers={"Host": "elsewhere.example"}))
+
+
+def test_studies_that_are_not_there_or_too_many_are_refused(storage: Path) -> None:
+    with pytest.raises(StudyError, match="found none"), feeds_of(Store(), ()):
+        pass
+    with pytest.raises(StudyError, match="nobody"), feeds_of(Store(), ("nobody",)):
+        pass
+    with pytest.raises(StudyError, match="at most 7"), feeds_of(Store(), [f"s{i}" for i in range(8)]):
+        pass
+
+
+def text(page: Any, selector: str) -> str:
+    return str(page.inner_text(selector))
+
+
+@pytest.mark.slow
+def test_a_live_search_is_followed_by_keyboard_by_day_and_by_night(storage: Path, tmp_path: Path) -> None:
+    study = begun("live", 12)
+    begun("other", 10)
+    with chromium() as browser, served("live", "other") as url, opened(browser, url) as page:
+        page.wait_for_selector("#front-table button")
+        assert "12 of 40" in text(page, "#progress")
+        assert "out of memory" in text(page, "#troubles")
+        with study.driving():
+            go_on(study, 20)
+            page.wait_for_function("document.querySelector('#progress').innerText.includes('32 of 40')")
+            assert "running" in text(page, "#progress")
+        rows = json.dumps([*map(str, study.front()["trial"]), "dense"], separators=(",", ":"))
+        heads = "JSON.stringify([...document.querySelectorAll('#front-table tbody th')].map(e => e.innerText))"
+        page.wait_for_function(f"{heads} === '{rows}'")
+
+        page.focus("#front-table button >> nth=0")
+        page.keyboard.press("Enter")
+        first = study.front_trials()[0].number
+        page.wait_for_function(f"document.querySelector('#details').innerText.includes('A: trial {first}.')")
+        page.click("#slot >> text=point B")
+        page.click("#pick")
+        knee = study.rank_map(knee=True).provenance["trial"]
+        page.wait_for_function(f"document.querySelector('#details').innerText.includes('B: trial {knee}.')")
+        assert page.locator("#details tbody tr").count() == len(TABLE.layers)
+        page.click("#rule >> text=% of the MACs")
+        page.fill("#amount", "0.1")
+        page.click("#pick")
+        page.wait_for_function("document.querySelector('#pick-answer').innerText.includes('at most')")
+
+        with page.expect_download() as found:
+            page.click("#export-B")
+        from_page = Path(found.value.path()).read_bytes()
+        with pytest.raises(SystemExit, match="0"):
+            main(["export", "live", "--trial", str(knee), "-o", str(tmp_path / "rank_map.json")])
+        assert from_page == (tmp_path / "rank_map.json").read_bytes()
+
+        for name in ("Ranks", "MACs by layer", "Sensitivity", "Importance", "Gates", "Over time"):
+            page.click(f"#picture-name >> text={name}")
+            if name == "Gates":
+                page.wait_for_function("document.querySelector('#picture-note').innerText.includes('has none')")
+            else:
+                page.wait_for_selector("#picture .plot :is(path, image, text)", state="attached")
+        assert serious_faults(page) == []
+        page.click("#theme")
+        page.wait_for_function("document.documentElement.dataset.theme === 'night'")
+        assert serious_faults(page) == []
+
+
+@pytest.mark.slow
+def test_a_telephone_at_night_shows_the_page_without_scrolling_sideways(storage: Path) -> None:
+    begun("small", 15)
+    with (
+        chromium() as browser,
+        served("small") as url,
+        opened(browser, url, width=390, height=844, scheme="dark") as page,
+    ):
+        page.wait_for_selector("#front-table button")
+        page.click("#front-table button >> nth=0")
+        page.wait_for_function("document.querySelector('#details').innerText.includes('A: trial')")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert max(json.loads(ground.replace("rgb(", "[").replace(")", "]"))) < 60
+        assert serious_faults(page) == []
+
+
+@pytest.mark.slow
+def test_a_map_exported_from_the_page_is_applied_to_the_network(storage: Path, repository: Path) -> None:
+    study = search(
+        repository / "search_spaces" / "quickstart.yaml",
+        settings=["budget.trials=6", "tracking.enabled=false"],
+        name="real",
+    )
+    from ranksearch.models import build_model
+    from ranksearch.surgery import count_macs
+
+    with chromium() as browser, served("real") as url, opened(browser, url) as page:
+        page.wait_for_selector("#front-table button")
+        page.click("#pick")
+        page.wait_for_selector("#export-A:not([disabled])")
+        with page.expect_download() as found:
+            page.click("#export-A")
+        rank_map = RankMap.load(found.value.path())
+    record = study.setting.model
+    model = build_model(study.space.model, weights=Path(record.weights) if record.weights else None)
+    compressed = rank_map.apply(model)
+    assert count_macs(compressed, record.input_shape) == rank_map.macs < rank_map.dense_macs
