@@ -95,7 +95,7 @@ def recorded(table: PriceTable, trials: int, folder: Path, tracked: bool) -> tup
     space = Space(
         model=ModelSpec(name="table"),
         budget=BudgetSpec(trials=trials),
-        strategy=StrategySpec(batch=4),
+        strategy=StrategySpec(name="optuna", batch=4),
         resources=ResourcesSpec(engine="ray", workers=2),
     )
     dense = {"accuracy": 0.92, "accuracy_search": 0.92, "loss": 0.3, "macs": table.dense_macs, "params": 1}

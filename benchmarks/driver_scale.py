@@ -36,8 +36,8 @@ STRATEGIES = {
     "uniform": StrategySpec(name="uniform"),
     "knapsack": StrategySpec(name="knapsack"),
     "lc": StrategySpec(name="lc"),
-    "optuna, NSGA-II": StrategySpec(sampler="nsga2", seeds=[]),
-    "optuna, TPE": StrategySpec(sampler="tpe", seeds=[]),
+    "optuna, NSGA-II": StrategySpec(name="optuna", sampler="nsga2", seeds=[]),
+    "optuna, TPE": StrategySpec(name="optuna", sampler="tpe", seeds=[]),
 }
 
 
