@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Service:
+class Service(ABC):
     """A server that can be killed and started again on the same port and data."""
 
     def __init__(self, command: list[str], log: Path, **options: object) -> None:
@@ -47,7 +48,7 @@ class Service:
                 **self._options,  # type: ignore[call-overload]
             )
         deadline = time.monotonic() + _START_SECONDS
-        while not self._answers():
+        while not self.answers():
             assert self._process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.1)
@@ -58,8 +59,9 @@ class Service:
             self._process.wait(60)
             self._process = None
 
-    def _answers(self) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def answers(self) -> bool:
+        """Whether it can be worked with."""
 
 
 class Postgres(Service):
@@ -94,7 +96,7 @@ class Postgres(Service):
     def _url(self, database: str) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         import psycopg
 
         try:
@@ -115,7 +117,7 @@ class MlflowServer(Service):
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         super().__init__(command, folder / "mlflow.log", cwd=folder, env=environment)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         try:
             urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
         except OSError:

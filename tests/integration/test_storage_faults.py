@@ -72,7 +72,7 @@ def test_a_database_that_crashes_for_half_a_minute(database: Postgres, mlflow: M
     finally:
         driver.kill()
         driver.wait()
-        if not database._answers():
+        if not database.answers():
             database.start()
     trials = check_study(search.study(), 60)
     assert {trial.state for trial in trials} == {"COMPLETE"}
@@ -100,7 +100,7 @@ def test_an_mlflow_server_that_is_killed_for_half_a_minute(
     finally:
         driver.kill()
         driver.wait()
-        if not mlflow._answers():
+        if not mlflow.answers():
             mlflow.start()
     search.finish()  # where MLflow came back too late
     check_study(search.study(), 150)
