@@ -224,14 +224,17 @@ def _show_pictures(app: Dash, feeds: Mapping[str, Feed]) -> None:
         try:
             found = _picture(kind, shown, _others(shown, feeds), chosen.get(name, {}))
         except ValueError as error:
-            return {"data": [], "layout": {"xaxis": _HIDDEN, "yaxis": _HIDDEN}}, "No picture", _frame(4), str(error)
+            return _NOTHING, "No picture", _frame(8), str(error)
         drawn = plain(found)
         return drawn, _PICTURE_OF[kind], _frame(max(28, drawn["layout"].pop("height", 0) / 16)), found.title
 
 
 _STILL = ("macs", "sensitivity", "importance", "gates")
 """Pictures that a trial more does not change, or hardly: they are drawn when they are asked for."""
-_HIDDEN = {"visible": False}
+_NOTHING = {
+    "data": [],
+    "layout": {"margin": dict.fromkeys("lrtb", 0), "xaxis": {"visible": False}, "yaxis": {"visible": False}},
+}
 
 
 def _frame(height_rem: float) -> dict[str, str]:
@@ -252,7 +255,7 @@ def _picture(kind: str, shown: Snapshot, others: Sequence[Snapshot], chosen: Map
         return pictures.sensitivity_picture(setting.table)
     if kind == "importance":
         return pictures.importance_picture(shown.study.importance(), "accuracy")
-    runs = [*points, *(t for t in shown.trials.values() if t.proposal.funnel and t.state == "COMPLETE")]
+    runs = [t for t in (*points, *shown.trials.values()) if t.proposal.funnel and t.outcome is not None]
     if not runs:
         raise ValueError("Gates are those of funnel runs, and this study has none that is complete.")
     return pictures.gates_picture(runs[0])

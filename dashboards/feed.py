@@ -117,7 +117,8 @@ class Feed:
                 self.refresh()
                 self.problem = ""
             except Exception as error:  # whatever a database's driver raises: the page says it, and reads on
-                self.problem = f"the study cannot be read at the moment: {str(error).splitlines()[0]}"
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self.problem = f"The study cannot be read at the moment: {reason}"
             pause_s = max(self._pause_s, 10 * (time.monotonic() - began))
 
     def _read(self, version: int) -> Snapshot:

@@ -5,7 +5,6 @@ They are transparent and leave text to the page, whose style knows day and night
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -65,10 +64,10 @@ def thinned(trials: Sequence[Trial], dense_macs: float, limit: int = DRAWN) -> l
     places = np.array([(outcome_of(t).macs / dense_macs, outcome_of(t).accuracy_search) for t in trials])
     low, high = places.min(axis=0), places.max(axis=0)
     scaled = (places - low) / np.maximum(high - low, 1e-12)
-    cells, first = 96, np.arange(len(trials))
+    cells, first = 96, list(range(len(trials)))
     while len(first) > limit:
         grid = np.minimum((scaled * cells).astype(int), cells - 1)
-        _, first = np.unique(grid[:, 0] * cells + grid[:, 1], return_index=True)
+        first = np.unique(grid[:, 0] * cells + grid[:, 1], return_index=True)[1].tolist()
         cells = cells * 2 // 3
     return [trials[i] for i in sorted(first)]
 
@@ -91,8 +90,9 @@ def _mark(letter: str, trial: Trial) -> dict[str, Any]:
 def plain(picture: Picture) -> dict[str, Any]:
     """A picture as Plotly's JSON types, transparent, its title left to the page."""
     if picture.ticks is not None and len(picture.ticks[0]) > _TICKS:
-        places, labels = (part[:: -(-len(part) // _TICKS)] for part in picture.ticks)
-        picture = replace(picture, ticks=(places, labels))
+        places, labels = picture.ticks
+        step = -(-len(places) // _TICKS)
+        picture = replace(picture, ticks=(places[::-step], labels[::-step]))
     made = figure(picture)
     made.update_layout(
         title=None,
@@ -121,5 +121,5 @@ def described(trial: Trial, dense: Mapping[str, float]) -> str:
     share = 100 * outcome.macs / dense["macs"]
     return (
         f"accuracy {report}{100 * outcome.accuracy_search:.2f} % (search images); {outcome.macs / 1e9:.4g} GMACs, "
-        f"{share:.1f} % of dense; {outcome.params:,} parameters; proposed by {html.escape(trial.proposal.origin)}"
+        f"{share:.1f} % of dense; {outcome.params:,} parameters; proposed by {trial.proposal.origin}"
     )

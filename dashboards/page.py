@@ -77,7 +77,7 @@ def _front_part() -> html.Section:
             html.P("Click a point, or choose one in the table, to see it layer by layer.", className="hint"),
             html.Div(
                 dcc.Graph(id="front", config=_GRAPH, style={"height": "100%"}),
-                role="img",
+                role="group",
                 className="front-frame",
                 **_label("Accuracy against GMACs; the table below has the same points"),
             ),
@@ -123,7 +123,9 @@ def _pictures_part() -> html.Section:
         [
             html.H2("Pictures"),
             _choice("picture-name", "Show", PICTURES, "hypervolume"),
-            html.Div(dcc.Graph(id="picture", config=_GRAPH, style={"height": "100%"}), role="img", id="picture-frame"),
+            html.Div(
+                dcc.Graph(id="picture", config=_GRAPH, style={"height": "100%"}), role="group", id="picture-frame"
+            ),
             html.P(id="picture-note", role="status"),
         ],
         className="card",
@@ -186,17 +188,17 @@ def _best(shown: Snapshot, share: float, dense: Mapping[str, float]) -> tuple[st
 def front_table(shown: Snapshot, chosen: Mapping[str, int]) -> html.Table:
     """The front with a button for each slot of each point: what a click on the picture does, for the keyboard."""
     dense = shown.study.setting.dense
-    heads = ["Trial", "Accuracy %", "95 % interval", "Search %", "MACs %", "GMACs", "Parameters", "Choose"]
+    heads = ["Trial", "Choose", "Accuracy %", "95 % interval", "Search %", "MACs %", "GMACs", "Parameters"]
     rows = [_front_row(trial, dense, chosen) for trial in shown.front]
     dense_row = [
         html.Th("dense", scope="row"),
+        html.Td(""),
         html.Td(f"{100 * dense['accuracy']:.2f}"),
         html.Td(""),
         html.Td(f"{100 * dense['accuracy_search']:.2f}"),
         html.Td("100.0"),
         html.Td(f"{dense['macs'] / 1e9:.4g}"),
         html.Td(f"{int(dense['params']):,}"),
-        html.Td(""),
     ]
     caption = html.Caption("The front, by rising MACs; accuracy on the report images, which decide nothing")
     head = html.Thead(html.Tr([html.Th(name, scope="col") for name in heads]))
@@ -217,13 +219,13 @@ def _front_row(trial: Trial, dense: Mapping[str, float], chosen: Mapping[str, in
         for slot in "AB"
     ]
     cells: list[Any] = [
+        html.Span(buttons, className="buttons"),
         "-" if outcome.accuracy is None else f"{100 * outcome.accuracy:.2f}",
         "-" if outcome.accuracy is None else f"{100 * low:.1f} to {100 * high:.1f}",
         f"{100 * outcome.accuracy_search:.2f}",
         f"{100 * outcome.macs / dense['macs']:.1f}",
         f"{outcome.macs / 1e9:.4g}",
         f"{outcome.params:,}",
-        html.Span(buttons, className="buttons"),
     ]
     return html.Tr([html.Th(str(trial.number), scope="row"), *(html.Td(cell) for cell in cells)])
 

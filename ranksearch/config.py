@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,10 +17,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ranksearch.errors import Problem, SpaceError
+from ranksearch.secrecy import VARIABLE, has_password, looks_secret, redacted
 from ranksearch.space import Space
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
+_FILLED_LATE = ("$.tracking.uri",)
+"""Where variables are filled in by the one that connects, as secret ones are everywhere: the study keeps the name."""
 
 _UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What PyYAML raises; values that contradict their tag (``!!int x``, ``!!timestamp x``) give Python's own errors."""
@@ -58,11 +59,37 @@ def _nothing_more(space: Space) -> Sequence[Problem]:
     return ()
 
 
-def load_space(path: str | Path, settings: Sequence[str] = (), check: Check = _nothing_more) -> Space:
+def load_space(
+    path: str | Path,
+    settings: Sequence[str] = (),
+    check: Check = _nothing_more,
+    *,
+    variables: Mapping[str, str] | None = None,
+) -> Space:
     """The space in the YAML file ``path``, after ``settings`` of the form ``dotted.key=value``.
+
+    Args:
+        path: of the file.
+        settings: in this order.
+        check: finds what is wrong beyond types and ranges.
+        variables: what ``${NAME}`` stands for; the environment by default.
 
     Raises:
         SpaceError: naming every problem of the file and the settings, those that ``check`` finds among them.
+    """
+    data = read_document(path, settings)
+    named = {
+        "name": Path(path).stem,
+        **{key: value for key, value in data.items() if value is not None or key != "name"},
+    }
+    return parse_space(named, str(path), check, variables=variables)
+
+
+def read_document(path: str | Path, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file after ``settings``, nothing of it checked, no variable filled in.
+
+    Raises:
+        SpaceError: it is no mapping in YAML, or a setting is none.
     """
     source = str(path)
     try:
@@ -77,18 +104,24 @@ def load_space(path: str | Path, settings: Sequence[str] = (), check: Check = _n
         raise _problem(source, "$", "a space file must be a mapping", kind, "Start with `model:`; see search_spaces/.")
     for setting in settings:
         _apply(source, data, setting)
-    named = {
-        "name": Path(path).stem,
-        **{key: value for key, value in data.items() if value is not None or key != "name"},
-    }
-    return parse_space(named, source, check)
+    return data
 
 
-def parse_space(data: dict[str, Any], source: str = "space", check: Check = _nothing_more) -> Space:
-    """The space in a mapping of JSON types; raises :class:`SpaceError` naming every problem, ``check``'s too."""
+def parse_space(
+    data: dict[str, Any],
+    source: str = "space",
+    check: Check = _nothing_more,
+    *,
+    variables: Mapping[str, str] | None = None,
+) -> Space:
+    """The space in a mapping of JSON types; raises :class:`SpaceError` naming every problem, ``check``'s too.
+
+    ``${NAME}`` stands for the environment variable of that name, or that of ``variables``. Secret ones, and those of
+    ``tracking.uri``, must be set but stay as they are: whoever connects fills them in.
+    """
     problems: list[Problem] = []
     try:
-        expanded = _expand(data, "$", problems)
+        expanded = _expand(data, "$", problems, os.environ if variables is None else variables)
     except RecursionError as error:
         rule, remedy = "a section must not hold itself, nor be too deep", "Write the anchor's content out."
         raise _problem(source, "$", rule, "", remedy) from error
@@ -103,6 +136,41 @@ def parse_space(data: dict[str, Any], source: str = "space", check: Check = _not
     if problems or space is None:
         raise SpaceError(source, problems)
     return space
+
+
+def recorded_space(data: dict[str, Any]) -> Space:
+    """The space that a study recorded: no variable is filled in, so the study can be read where they are not set.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return Space.model_validate(data)
+
+
+def literal_passwords(space: Space) -> list[Problem]:
+    """Passwords that stand in a space, which the study would keep."""
+    problems = []
+    uri = space.tracking.uri
+    if uri is not None and has_password(uri):
+        problems.append(
+            Problem(
+                address="$.tracking.uri",
+                rule="a password must not stand in a space, which the study keeps",
+                value=redacted(uri),
+                remedy="Write ${MLFLOW_PASSWORD} in its place and set that variable.",
+            )
+        )
+    for name, value in space.job.environment.items():
+        if has_password(value) or (looks_secret(name) and VARIABLE.sub("", value)):
+            problems.append(
+                Problem(
+                    address=f"$.job.environment.{name}",
+                    rule="a secret must not stand in a space, which the study keeps",
+                    value="one",
+                    remedy=f"Set {name} where you submit, and name it in job.secrets.",
+                )
+            )
+    return problems
 
 
 def _sound_part(data: dict[str, Any], error: ValidationError) -> Space | None:
@@ -162,17 +230,17 @@ def _apply(source: str, data: dict[str, Any], setting: str) -> None:
     place[last] = _parse(f"--set {setting}", text)
 
 
-def _expand(value: Any, address: str, problems: list[Problem]) -> Any:
-    """``value`` with every ``${NAME}`` replaced by that environment variable."""
+def _expand(value: Any, address: str, problems: list[Problem], variables: Mapping[str, str]) -> Any:
+    """``value`` with every ``${NAME}`` replaced by that variable, but for those that are filled in late."""
     if isinstance(value, dict):
-        return {key: _expand(below, f"{address}.{key}", problems) for key, below in value.items()}
+        return {key: _expand(below, f"{address}.{key}", problems, variables) for key, below in value.items()}
     if isinstance(value, list):
-        return [_expand(below, f"{address}[{i}]", problems) for i, below in enumerate(value)]
+        return [_expand(below, f"{address}[{i}]", problems, variables) for i, below in enumerate(value)]
     if not isinstance(value, str):
         return value
 
     def variable(match: re.Match[str]) -> str:
-        if match[1] not in os.environ:
+        if match[1] not in variables:
             setting = address.removeprefix("$.")
             problems.append(
                 Problem(
@@ -182,9 +250,11 @@ def _expand(value: Any, address: str, problems: list[Problem]) -> Any:
                     remedy=f"Set {match[1]}, or give --set {setting}=...",
                 )
             )
-        return os.environ.get(match[1], match[0])
+        if address in _FILLED_LATE or looks_secret(match[1]):
+            return match[0]
+        return variables.get(match[1], match[0])
 
-    return _VARIABLE.sub(variable, value)
+    return VARIABLE.sub(variable, value)
 
 
 def _explain(detail: ErrorDetails) -> Problem:

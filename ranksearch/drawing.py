@@ -186,10 +186,16 @@ _WRITTEN = 16
 """With more columns than this, cells are too narrow for text."""
 
 
-def page(picture: Picture) -> str:
-    """A page that needs no network: the interactive figure alone."""
-    drawn: str = figure(picture).to_html(include_plotlyjs=True, default_height=None if picture.rows else "36em")
-    return drawn
+def page(*pictures: Picture) -> str:
+    """A page that needs no network: the interactive figures, one below the other."""
+    parts = [
+        figure(picture).to_html(
+            full_html=False, include_plotlyjs=i == 0, default_height=None if picture.rows else "36em"
+        )
+        for i, picture in enumerate(pictures)
+    ]
+    head = '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"></head>\n<body>\n'
+    return "\n".join([head, *parts, "</body>\n</html>\n"])
 
 
 def png(picture: Picture) -> bytes:

@@ -65,6 +65,10 @@ class EngineError(RanksearchError):
     """Workers that cannot be started or reached."""
 
 
+class JobError(RanksearchError):
+    """A job that cannot be sent, found or read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One mistake in a space file."""

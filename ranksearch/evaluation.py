@@ -153,7 +153,7 @@ class Evaluator:
         self.spec = bench.space.evaluation
         self.data = bench.data
         self.device = device_of(bench.space)
-        with reproducible(bench.space.resources.cpus_per_trial):
+        with reproducible(bench.space.resources.threads):
             self.dense = build_model(bench.space.model, weights=None)
             self.dense.load_state_dict({key: torch.tensor(value) for key, value in bench.state.items()})
             self.dense = channels_last(self.dense.eval().to(self.device))
@@ -178,7 +178,7 @@ class Evaluator:
         """
         started = time.perf_counter()
         space = self.bench.space
-        with reproducible(space.resources.cpus_per_trial):
+        with reproducible(space.resources.threads):
             model, details, layers = self._funnel(task) if task.settings else self._restored(task)
             found = self._score(model, self.data.search)
             outcome = Outcome(

@@ -77,7 +77,7 @@ def _provenance(study: Study, trial: Trial) -> dict[str, Any]:
         "seed": space.seed,
         "data": space.data.model_dump(mode="json"),
         "batch_images": space.evaluation.batch_images,
-        "cpus_per_trial": space.resources.cpus_per_trial,
+        "cpus_per_trial": space.resources.threads,
         "gpus_per_trial": space.resources.gpus_per_trial,
         "evaluation": space.evaluation.model_dump(mode="json"),
         # A funnel run's history stays in the study.
@@ -197,7 +197,12 @@ def read_compressed(path: Path) -> tuple[RankMap, Path | None]:
         if rank_map.weights is None:
             return rank_map, None
         weights = path.resolve().parent / rank_map.weights.file
-        if not weights.exists():
+        if ".." in Path(rank_map.weights.file).parts:
+            raise RankMapError(
+                f"the weights of a rank map must lie in its folder or at an absolute path, {path} names "
+                f"{rank_map.weights.file}. Bring them along, or export again."
+            )
+        if not weights.is_file():
             raise RankMapError(
                 f"the weights {weights} that {path} names must exist. Bring them along, or export again."
             )

@@ -35,6 +35,7 @@ from ranksearch.decompositions import (
     prepare,
     report,
 )
+from ranksearch.mirror import fetch, offer
 from ranksearch.space import StabiliseSpec
 
 _CACHE_VERSION = "2"
@@ -72,7 +73,7 @@ def prepared_factors(
         return compute()
     tensors = [weight, *(vars(statistics).values() if statistics is not None else ())]
     key = content_hash(tensors, f"{_CACHE_VERSION} {form} {conv} {weight.device.type}")
-    found = _entry(cache / "factors" / f"{key}.safetensors", compute)
+    found = _entry(cache / "factors" / f"{key}.safetensors", cache, compute)
     return {name: tensor.to(weight.device) for name, tensor in found.items()}
 
 
@@ -106,7 +107,7 @@ def factors_at(
         return _unpacked(compute(), device)
     text = f"{_CACHE_VERSION} {form} {conv} {ranks} {stabiliser.model_dump_json()} {device.type}"
     key = content_hash((prepared[name] for name in sorted(prepared)), text)
-    return _unpacked(_entry(cache / "fits" / key[:2] / f"{key}.safetensors", compute), device)
+    return _unpacked(_entry(cache / "fits" / key[:2] / f"{key}.safetensors", cache, compute), device)
 
 
 def _fitted(form: str, conv: Conv, prepared: Prepared, ranks: Ranks, stabiliser: StabiliseSpec) -> Fit:
@@ -139,14 +140,23 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _entry(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors in the file ``path``, which are computed and stored where it is missing or damaged."""
+def _entry(path: Path, cache: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in the file ``path`` of the cache.
+
+    Where it is missing or damaged they come from the shared cache, if there is one, or are computed, and are stored in
+    both.
+    """
     if (found := cached(path)) is not None:
         return found
     with _alone(path):
-        if (found := cached(path)) is None:  # another process may have stored it while this one waited
+        found = cached(path)  # another process may have stored it meanwhile
+        fetched = found is None and fetch(path, cache)
+        if fetched:
+            found = cached(path)
+        if found is None:
             found = compute()
             store_cached(found, path)
+            offer(path, cache, anew=fetched)
     return found
 
 

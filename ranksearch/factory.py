@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ranksearch.errors import RanksearchError
+from ranksearch.secrecy import filled
 
 
 def call_factory(path: str, options: dict[str, Any], error: type[RanksearchError]) -> Any:
@@ -43,7 +44,7 @@ def call_with_options(
             "Correct `options`."
         ) from problem
     try:
-        return function(**options)
+        return function(**filled(options))
     except error:
         raise
     except Exception as problem:  # whatever a user's function, or a wrong value in the options, may raise

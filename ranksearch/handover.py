@@ -26,7 +26,16 @@ from ranksearch.latency import latency_ms
 from ranksearch.launch import rebuild
 from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import ModelRecord, RankMap
-from ranksearch.recorded import RECORDED, dense_network, load_recorded, read_pair, scoring_of, trained_here
+from ranksearch.recorded import (
+    RECORDED,
+    Pair,
+    check_factories,
+    dense_network,
+    load_recorded,
+    read_pair,
+    scoring_of,
+    trained_here,
+)
 from ranksearch.storage import Store
 from ranksearch.study import Study
 from ranksearch.surgery import apply_rank_map, channels_last, check_fits, count_macs, count_params
@@ -110,6 +119,7 @@ def compress(
     weights: Path | None = None,
     data: str | None = None,
     storage: str | Path | None = None,
+    trust: bool = False,
     notify: Notify = silent,
 ) -> RankMap:
     """Decompose a dense network afresh at the ranks of a map, and write the compressed weights to ``output``.
@@ -122,6 +132,7 @@ def compress(
         data: a space file, a folder or ``"recorded"``: its calibration images make the factors activation-aware.
             Without, they are weight-only.
         storage: where the cache is.
+        trust: whether functions that the map alone names are imported and called.
         notify: told what is being done.
 
     Returns:
@@ -134,6 +145,8 @@ def compress(
     _check_targets(output, output)
     found = RankMap.load(rank_map) if rank_map.suffix == ".json" else read_compressed(rank_map)[0]
     record, cache = found.model, Store(storage).cache
+    if not trust:
+        check_factories(found, model=model, data=data)
     if model is not None and model != record.name:
         record = ModelRecord(name=model, input_shape=record.input_shape)
     loaded = load_recorded(found, data, cache, notify) if data is not None else None
@@ -212,6 +225,7 @@ def compare(
     data: str = RECORDED,
     weights: Path | None = None,
     storage: str | Path | None = None,
+    trust: bool = False,
     notify: Notify = silent,
 ) -> Comparison:
     """Score a compressed network and the dense one on the report images, and measure their cost.
@@ -221,12 +235,18 @@ def compare(
         data: ``"recorded"`` by the map's search, a space file, or a folder that replaces the recorded root.
         weights: of the dense network; those the map records by default.
         storage: where the cache is.
+        trust: whether functions that the map alone names are imported and called.
         notify: told what is being done.
 
     Raises:
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
-    pair = read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify)
+    pair = read_pair(file, data=data, weights=weights, cache=Store(storage).cache, notify=notify, trust=trust)
+    return compare_pair(pair, notify)
+
+
+def compare_pair(pair: Pair, notify: Notify = silent) -> Comparison:
+    """The same for networks that are read already, with images; they end on the device of the search."""
     rank_map, loaded = pair.rank_map, cast(Data, pair.data)
     count, batch_images, device = scoring_of(rank_map)
     measured = []

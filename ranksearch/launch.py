@@ -10,7 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ranksearch.config import load_space
+from ranksearch.config import literal_passwords, load_space
 from ranksearch.driver import Driver, Watch, finished, history, task_of
 from ranksearch.engine import Factory, build_engine, build_map
 from ranksearch.engine.resources import check
@@ -86,16 +86,17 @@ def read_space(space: Space | str | Path, settings: Sequence[str] = ()) -> tuple
         SpaceError: naming every problem at once, unknown formats, strategies and samplers among them.
     """
     if not isinstance(space, Space):
-        return load_space(space, settings, _unknown_names), Path(space).resolve().parent
+        return load_space(space, settings, further_problems), Path(space).resolve().parent
     if settings:
         raise ValueError("settings change a YAML file; give the space with its values instead")
-    if problems := _unknown_names(space):
+    if problems := further_problems(space):
         raise SpaceError(space.name or "space", problems)
     return space, None
 
 
-def _unknown_names(space: Space) -> list[Problem]:
-    problems = unknown_formats(space)
+def further_problems(space: Space) -> list[Problem]:
+    """What is wrong with a space beyond types and ranges: unknown names, and passwords."""
+    problems = [*unknown_formats(space), *literal_passwords(space)]
     try:
         _strategy(space, ())
     except SpaceError as error:

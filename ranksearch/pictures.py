@@ -80,7 +80,7 @@ def ranks_picture(setting: Setting, front: Sequence[Trial]) -> Picture:
     names = [layer.name for layer in networks[0]] if networks else []
     return Picture(
         title="Ranks along the front",
-        x_title="Points of the front: trial, MACs as a share of dense (%)",
+        x_title="Front: trial, share of dense MACs (%)",
         y_title="Layer",
         cells=Cells(
             rows=names,

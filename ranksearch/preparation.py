@@ -26,6 +26,7 @@ from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyE
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.measurement import ONWARD, PRICES
+from ranksearch.mirror import fetch, offer
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
 from ranksearch.prices import Map, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
@@ -189,7 +190,10 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
     path = cache / "statistics" / f"{content_hash([images, outputs], text)}.safetensors"
     fields = tuple(Statistics.__dataclass_fields__)
     device = device_of(network.space)
-    if (flat := cached(path)) is not None:
+    fetched = False
+    if (flat := cached(path)) is None and (fetched := fetch(path, cache)):
+        flat = cached(path)
+    if flat is not None:
         return {name: Statistics(**{f: flat[f"{name}/{f}"].to(device) for f in fields}) for name in convs}
     total = len(network.data.calibration)
 
@@ -202,6 +206,7 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
 
     found = collect(network.model, convs, told())
     store_cached({f"{name}/{f}": getattr(s, f) for name, s in found.items() for f in fields}, path)
+    offer(path, cache, anew=fetched)
     return found
 
 
@@ -312,7 +317,7 @@ def _measured(
         kind=kinds(space)[-1],
         prices=[price for price in PRICES if price in prices],
         batch_images=max(1, min(_PRICE_BATCH, _PRICE_BATCH_VALUES // images[0].size)),
-        threads=space.resources.cpus_per_trial,
+        threads=space.resources.threads,
         stabiliser=space.stabilise,
         cache=cache,
         map=map if macs >= _PARALLEL_MACS else builtins.map,

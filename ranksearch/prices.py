@@ -37,6 +37,7 @@ from ranksearch.errors import DataError
 from ranksearch.evaluation import reproducible
 from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.measurement import PRICES, WITH_LABELS, Measurement, Price, share
+from ranksearch.mirror import fetch, offer
 from ranksearch.pricing import Factors
 from ranksearch.space import StabiliseSpec
 from ranksearch.surgery import evaluating
@@ -98,10 +99,11 @@ def measure(
     images = images if isinstance(images, Tensor) else torch.tensor(images)
     labels = torch.tensor(labels) if isinstance(labels, np.ndarray) else labels
     chosen = _chosen(prices, images, labels)
-    keys = {}
+    keys, fetched = {}, set()
     if cache is not None:
         about = _about(dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {threads} {seed} {stabiliser}")
         keys = {x.name: cache / "prices" / f"{_key(x, factors, kind, about)}.safetensors" for x in table.layers}
+        fetched = {path for path in keys.values() if not path.exists() and fetch(path, cache)}
     found = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
     missing = [layer for layer in table.layers if found[layer.name] is None]
     if missing:
@@ -123,6 +125,7 @@ def measure(
             found[layer] = values
             if layer in keys:
                 store_cached({"prices": values}, keys[layer])
+                offer(keys[layer], cast(Path, cache), anew=keys[layer] in fetched)
     return {
         name: [dict(zip(chosen, row, strict=True)) for row in cast(Tensor, values).tolist()]
         for name, values in found.items()

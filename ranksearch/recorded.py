@@ -41,8 +41,40 @@ class Pair:
     """Whether the dense weights are those that the map was searched with."""
 
 
+def check_factories(rank_map: RankMap, *, model: str | None, data: str | None) -> None:
+    """Refuse functions that only the map names: one from elsewhere may name any, with any arguments.
+
+    Raises:
+        RankMapError: there is one that neither ``model`` nor the space file ``data`` names too.
+    """
+    known = {model}
+    path = Path(data).expanduser() if data not in (None, RECORDED) else None
+    if path is not None and path.is_file():
+        space = load_space(path)
+        # What is called with the map's own options, not the file's, is known only where these are the same.
+        known.add(space.model.name if space.model.options == rank_map.model.options else None)
+    named = [rank_map.model.name] if model in (None, rank_map.model.name) else []
+    recorded = rank_map.provenance.get("data")
+    read = data is not None or trained_here(rank_map.model)
+    if isinstance(recorded, dict) and read and (path is None or not path.is_file()):
+        named.append(str(recorded.get("source")))
+    strangers = [name for name in named if ":" in name and name not in known]
+    if strangers:
+        raise RankMapError(
+            f"a function that a rank map names is called only where you name it too, the map names {strangers[0]}. "
+            "Give --trust if the map is yours or you know what the function does, or --data SPACE.yaml that names it."
+        )
+
+
 def read_pair(
-    file: Path, *, data: str | None, weights: Path | None, cache: Path, notify: Notify, afresh: bool = False
+    file: Path,
+    *,
+    data: str | None,
+    weights: Path | None,
+    cache: Path,
+    notify: Notify,
+    afresh: bool = False,
+    trust: bool = False,
 ) -> Pair:
     """The networks of a rank map, or of compressed weights, which carry one.
 
@@ -53,11 +85,14 @@ def read_pair(
         cache: folder of decompositions and trained networks.
         notify: told what is being done.
         afresh: whether to decompose, weight-only, though there are stored weights.
+        trust: whether functions that the map alone names are imported and called.
 
     Raises:
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
     rank_map, stored = read_compressed(file)
+    if not trust:
+        check_factories(rank_map, model=None, data=data)
     loaded = None if data is None else load_recorded(rank_map, data, cache, notify)
     teacher = loaded
     if teacher is None and weights is None and trained_here(rank_map.model):

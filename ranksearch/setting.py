@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ranksearch.config import parse_space
+from ranksearch.config import recorded_space
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import Space
 from ranksearch.table import PriceTable
@@ -48,7 +48,7 @@ class Setting:
     def from_json(cls, data: dict[str, Any]) -> Setting:
         """The setting written by ``to_json``."""
         return cls(
-            space=parse_space(data["space"], "the study's space"),
+            space=recorded_space(data["space"]),
             table=PriceTable.from_json(data["table"]),
             model=ModelRecord.model_validate(data["model"]),
             **{key: data[key] for key in ("dense", "left_dense", "classes", "data_digest", "dtype", "versions")},

@@ -6,6 +6,7 @@ can be checked without the network and the data (types, ranges, unknown keys); `
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -244,14 +245,50 @@ class ResourcesSpec(Section):
     """``local``: in this process, one trial after the other. ``ray``: in parallel on Ray workers."""
     workers: Positive | None = None
     """Trials at once on Ray, as many as fit by default; with ``local`` the processes that measure prices."""
-    cpus_per_trial: Positive = 1
-    """CPU threads of a trial. Results depend on it in the last bits, so it does not follow the machine."""
+    cpus_per_trial: Annotated[int | float, Field(gt=0)] = 1
+    """CPUs of a trial, or a share of one; rounded up, its threads. Results depend on the threads in the last bits, so
+    they do not follow the machine."""
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
-    """Share of a GPU that a trial takes; 0 runs on the CPU."""
+    """Share of a GPU that a trial takes, of its memory too; 0 runs on the CPU. A trial that runs out of memory is tried
+    once more alone on its GPU, with all of it."""
+    memory_gb_per_trial: Annotated[float, Field(ge=0)] = 0.0
+    """Main memory that a trial takes, 2**30 bytes: no more trials start on a machine than fit. 0 counts none."""
     trial_minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall time of one trial: one that takes longer fails. No limit by default."""
+    labels: dict[str, str] = {}
+    """Labels that machines of a Ray cluster must have to run trials, as ``ray start --labels`` gave them."""
     address: str = "local"
-    """Ray cluster to run on; ``local`` starts one on this machine."""
+    """Ray cluster to run on; ``local`` starts one on this machine, ``auto`` joins that of this machine."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of a trial."""
+        return max(1, ceil(self.cpus_per_trial))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Main memory that a trial takes."""
+        return round(self.memory_gb_per_trial * 2**30)
+
+
+class JobSpec(Section):
+    """What ``ranksearch submit`` sends to a cluster beside the space; a search itself reads none of it."""
+
+    folder: str | None = None
+    """Folder that all files sent lie in, relative to the working directory; by default the working directory where the
+    space file lies in it, else the space file's folder. Files that the space names by relative paths are sent from
+    there, and its Python files where the space names a factory."""
+    include: list[str] = []
+    """Further files to send: shell patterns in that folder, such as ``classes/*.txt``."""
+    requirements: str | None = None
+    """File in that folder of requirements that every machine installs first, each pinned as ``name==version``."""
+    environment: dict[str, str] = {}
+    """Environment variables of the search and its workers on the cluster. Those that the space names as ``${NAME}``
+    travel by themselves, with the value that they have where ``submit`` runs unless they are given here."""
+    secrets: list[str] = []
+    """Names of further environment variables to send whose values are recorded nowhere."""
+    python: str = "python"
+    """Python of the cluster's machines."""
 
 
 class TrackingSpec(Section):
@@ -259,8 +296,12 @@ class TrackingSpec(Section):
 
     enabled: bool = True
     uri: str | None = None
-    """A tracking server or database; a SQLite file beside the studies by default."""
+    """A tracking server or database; a SQLite file beside the studies by default. A password is written ``${NAME}``,
+    and read from that environment variable whenever a connection is made."""
     experiment: str = "ranksearch"
+    max_runs: Positive = 1000
+    """Trials from this number on get a run of their own only where they were on the front when they ended; the table
+    among the artifacts has all of them."""
 
 
 class Space(Section):
@@ -287,6 +328,7 @@ class Space(Section):
     evaluation: EvaluationSpec = EvaluationSpec()
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
+    job: JobSpec = JobSpec()
     seed: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = True
     """Proposals in synchronous batches: the same seed gives the same trials with any number of workers."""

@@ -259,7 +259,13 @@ class Study:
         """Every trial, in order of numbers; those ``known`` by their numbers have ended and are taken as they are."""
         frozen = self._lasting(lambda _: self._storage.get_all_trials(self._study_id, deepcopy=False))
         read = known or {}
-        return [read.get(one.number) or self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
+        try:
+            return [read.get(one.number) or self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise StudyError(
+                f"the trials of {self.name} cannot be read ({type(error).__name__}: {error}). The study is damaged, or "
+                "not one of ranksearch's: restore it from a copy, or search again."
+            ) from error
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
         self._ids[frozen.number] = frozen._trial_id
@@ -272,13 +278,16 @@ class Study:
             settings=dict(attrs.get("settings", {})),
         )
         complete = frozen.state == TrialState.COMPLETE
+        values = tuple(map(float, frozen.values)) if complete else None
+        if values is not None and len(values) != len(self.space.objectives):
+            raise ValueError(f"trial {frozen.number} has {len(values)} values for {self.space.objectives}")
         return Trial(
             number=frozen.number,
-            index=attrs["index"],
-            attempt=attrs["attempt"],
+            index=int(attrs["index"]),
+            attempt=int(attrs["attempt"]),
             proposal=proposal,
             state=frozen.state.name,
-            values=tuple(frozen.values) if complete else None,
+            values=values,
             constraints=_by_name(frozen.constraints),
             outcome=Outcome.from_json(attrs["outcome"]) if complete else None,
             reason=attrs.get("reason"),

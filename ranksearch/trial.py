@@ -51,6 +51,17 @@ WAIT: Final = Signal.WAIT
 DONE: Final = Signal.DONE
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("accuracy_search", "loss", "seconds"), (int, float)),
+    **dict.fromkeys(("macs", "params", "report_images"), (int,)),
+    "accuracy": (int, float, type(None)),
+    "weights": (str, type(None)),
+    "details": (dict,),
+    "layers": (dict, type(None)),
+}
+"""Types of an outcome's fields in JSON."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The measurements of one evaluated proposal."""
@@ -80,6 +91,9 @@ class Outcome:
     def __post_init__(self) -> None:
         if not (isfinite(self.loss) and 0.0 <= self.accuracy_search <= 1.0):
             raise ValueError(f"an outcome needs a finite loss and an accuracy in [0, 1], found {self}")
+        # A driver removes weights that are no longer wanted: a study from elsewhere must not name other files.
+        if self.weights is not None and (self.weights in ("", ".", "..") or set(self.weights) & {"/", "\\", "\0"}):
+            raise ValueError(f"weights must be a file of the study's folder, found {self.weights!r}")
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; ``from_json`` reads it back."""
@@ -87,7 +101,10 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The outcome written by ``to_json``."""
+        """The outcome written by ``to_json``; TypeError or ValueError where it is none."""
+        wrong = [name for name, kinds in _KINDS.items() if name in data and not isinstance(data[name], kinds)]
+        if wrong:
+            raise TypeError(f"an outcome's {wrong[0]} cannot be {data[wrong[0]]!r}")
         return cls(**data)
 
 
@@ -157,6 +174,8 @@ class Failure:
     interrupted: bool = False
     """Whether the trial was cut short from outside (a killed worker or driver) rather than by what it computed: such
     a proposal is tried once more."""
+    exhausted: bool = False
+    """Whether memory was short; an engine that runs several tasks side by side tries such a one once more, alone."""
 
 
 def checkpoint_name(index: int) -> str:

@@ -12,3 +12,19 @@ window.ranksearchTheme = function (clicks) {
   if (chosen) root.dataset.theme = chosen;
   return root.dataset.theme || "";
 };
+
+// Dash calls a group of radio buttons a list box, without a name, and each button's label an option of it. A screen
+// reader is told what they are: radio buttons, in a group that has the name of its legend.
+new MutationObserver(function () {
+  for (const group of document.querySelectorAll(".dash-radioitems[role=listbox]")) {
+    const legend = group.closest("fieldset")?.querySelector("legend");
+    group.setAttribute("role", "radiogroup");
+    if (legend) group.setAttribute("aria-label", legend.textContent);
+  }
+  for (const label of document.querySelectorAll(".dash-radioitems label[role], .dash-radioitems label[aria-selected]")) {
+    label.removeAttribute("role");
+    label.removeAttribute("aria-selected");
+  }
+}).observe(document.documentElement, {
+  childList: true, subtree: true, attributes: true, attributeFilter: ["role", "aria-selected"],
+});

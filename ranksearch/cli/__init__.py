@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli import comparing, networks, searching, studies, watching
+from ranksearch.cli import checking, comparing, finetuning, jobs, networks, searching, studies, watching
 from ranksearch.cli.options import complain
 from ranksearch.errors import BudgetError, ExportError, RanksearchError, RebuildError
 
@@ -50,11 +50,20 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     studies.trials: "trials first --json",
     studies.front: "front first --html front.html",
     studies.export: "export first --max-macs-ratio 0.5 -o rank_map.json --save-weights compressed.safetensors",
+    studies.publish: "publish first --knee --alias champion",
     networks.decompose: "decompose --model resnet20 --weights dense.safetensors --layer layer3.0.conv2 --plot e.png",
     networks.apply: "apply rank_map.json --to onnx -o compressed.onnx",
     networks.evaluate: "evaluate rank_map.json",
+    networks.report: "report rank_map.json -o report.html",
+    finetuning.finetune: "finetune rank_map.json --epochs 60 --baseline -o finetuned.json",
     watching.dashboard: "dashboard first",
     studies.ui: "ui first --port 5001",
+    jobs.submit: "submit search_spaces/quickstart.yaml --address http://127.0.0.1:8265 --follow",
+    jobs.jobs: "jobs --address http://127.0.0.1:8265",
+    jobs.status: "status ranksearch-quickstart-1a2b3c",
+    jobs.logs: "logs -f ranksearch-quickstart-1a2b3c",
+    jobs.stop: "stop ranksearch-quickstart-1a2b3c",
+    checking.doctor: "doctor search_spaces/quickstart.yaml --address auto",
     searching.schema: "schema > space.schema.json",
 }
 for _command, _example in _EXAMPLES.items():

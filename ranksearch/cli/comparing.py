@@ -15,6 +15,7 @@ from ranksearch.cli.options import AsJson, Quiet, Settings, SpaceFile, Storage, 
 from ranksearch.cli.progress import Reporter
 from ranksearch.cli.tables import strategies_table, targets_table
 from ranksearch.errors import RanksearchError
+from ranksearch.secrecy import redacted
 
 if TYPE_CHECKING:
     from ranksearch.comparison import Comparison
@@ -169,4 +170,4 @@ def _command(context: typer.Context) -> str:
         option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
         for one in value if isinstance(value, list | tuple) else [value]:
             words += option if one is True else [*option, str(one)]
-    return shlex.join(words)
+    return redacted(shlex.join(words))

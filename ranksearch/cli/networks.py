@@ -1,4 +1,4 @@
-"""Commands on a network, with a rank map or without: decompose, apply, evaluate."""
+"""Commands on a network, with a rank map or without: decompose, apply, evaluate, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ranksearch.cli.options import AsJson, Storage, console, say
+from ranksearch.cli.options import AsJson, Storage, Trust, console, say
 from ranksearch.cli.progress import Reporter
 from ranksearch.cli.tables import comparison_table, decomposition_table, percent
 
@@ -98,8 +98,8 @@ def apply(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="safetensors, pt2 (torch.export), onnx, or python (a module that imports torch alone): a network that "
-            "runs, of the map's own weights where it has them, read back and compared, with a manifest.",
+            help="safetensors, pt2 (torch.export), onnx, onnx-int8, or python (a module that imports torch alone): a "
+            "network that runs, of the map's own weights where it has them, read back and compared, with a manifest.",
         ),
     ] = None,
     images: Annotated[
@@ -118,6 +118,7 @@ def apply(
             help="Calibration images: decompose afresh, with activation-aware factors; weight-only without.",
         ),
     ] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
@@ -125,7 +126,7 @@ def apply(
     if to is None:
         if images is not None or as_json:
             raise typer.BadParameter("--images and --json go with --to")
-        _decomposed(rank_map, output, model=model, weights=weights, data=data, storage=storage)
+        _decomposed(rank_map, output, model=model, weights=weights, data=data, storage=storage, trust=trust)
         return
     from ranksearch.deployment import deploy
 
@@ -139,6 +140,7 @@ def apply(
             weights=weights,
             data=data,
             storage=storage,
+            trust=trust,
             notify=reporter.notify,
         )
     if as_json:
@@ -152,20 +154,37 @@ def apply(
         f"{percent(agreement.top1_agreement)} %, outputs within {agreement.max_difference:.2g}"
     )
     if agreement.accuracy is not None:
-        say(f"accuracy on these images: {percent(agreement.accuracy)} %")
+        before = percent(agreement.accuracy_before)
+        say(f"accuracy on these images: {percent(agreement.accuracy)} %, of the network it was made from {before} %")
+    times = ", ".join(f"{value:.3f} ms at batch {size}" for size, value in agreement.latency_ms.items())
+    say(f"latency: {times} ({agreement.threads} CPU thread{'s' if agreement.threads > 1 else ''})")
     for file in (*found.files, found.manifest):
         say(f"Written: {file}")
 
 
 def _decomposed(
-    rank_map: Path, output: Path, *, model: str | None, weights: Path | None, data: str | None, storage: str | None
+    rank_map: Path,
+    output: Path,
+    *,
+    model: str | None,
+    weights: Path | None,
+    data: str | None,
+    storage: str | None,
+    trust: bool,
 ) -> None:
     """Compressed weights, decomposed afresh."""
     from ranksearch.handover import compress
 
     with Reporter() as reporter:
         found = compress(
-            rank_map, output, model=model, weights=weights, data=data, storage=storage, notify=reporter.notify
+            rank_map,
+            output,
+            model=model,
+            weights=weights,
+            data=data,
+            storage=storage,
+            trust=trust,
+            notify=reporter.notify,
         )
     factors = found.provenance["applied_afresh"]
     say(f"{factors} factors: {percent(found.macs_ratio, 1)} % of the MACs, {found.params:,} parameters")
@@ -179,6 +198,7 @@ def evaluate(
         typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root."),
     ] = "recorded",
     weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
@@ -186,7 +206,7 @@ def evaluate(
     from ranksearch.handover import compare
 
     with Reporter() as reporter:
-        found = compare(compressed, data=data, weights=weights, storage=storage, notify=reporter.notify)
+        found = compare(compressed, data=data, weights=weights, storage=storage, trust=trust, notify=reporter.notify)
     recorded = found.rank_map.metrics.get("accuracy")
     if as_json:
         report = {
@@ -209,3 +229,24 @@ def evaluate(
         say(f"The search recorded {percent(recorded)} %: {'the same' if same else 'not the same'}.")
     if not found.same_dense:
         say("The dense weights are not those that the map was searched with.", style="yellow", stderr=True)
+
+
+def report(
+    rank_map: Annotated[Path, typer.Argument(metavar="RANK_MAP.json|COMPRESSED.safetensors", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="The page to write.")],
+    data: Annotated[
+        str,
+        typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root."),
+    ] = "recorded",
+    weights: Annotated[Path | None, typer.Option(metavar="FILE", help=_DENSE)] = None,
+    trust: Trust = False,
+    storage: Storage = None,
+) -> None:
+    """Write one page: dense and compressed side by side, layer by layer, and what to expect."""
+    if output.suffix != ".html" or not output.resolve().parent.is_dir():
+        raise typer.BadParameter(f"--output must be an .html file in a folder that exists, found {output}")
+    from ranksearch.report import write_report
+
+    with Reporter() as reporter:
+        write_report(rank_map, output, data=data, weights=weights, trust=trust, storage=storage, notify=reporter.notify)
+    say(f"Written: {output}")

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ranksearch.secrecy import redacted
+
 SpaceFile = Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space.", show_default=False)]
 Settings = Annotated[
     list[str] | None,
@@ -25,7 +27,13 @@ Storage = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJsonLines = Annotated[
+    bool, typer.Option("--json", help="Print one line of JSON for each trial, and one with the front at the end.")
+]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Import and call the functions (package.module:function) that the map names.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -47,4 +55,4 @@ def complain(problem: object) -> None:
             problem = f"the disk is full: {problem}. Free some space, or choose another folder with --storage."
         else:
             problem = f"a file or folder cannot be used: {problem}. Check that it exists and may be written."
-    say(f"Error: {problem}", style="red", stderr=True)
+    say(f"Error: {redacted(str(problem))}", style="red", stderr=True)

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ranksearch.cli.options import AsJson, Quiet, Settings, SpaceFile, Storage, StudyName, complain, console, say
+from ranksearch.cli.options import (
+    AsJson,
+    AsJsonLines,
+    Quiet,
+    Settings,
+    SpaceFile,
+    Storage,
+    StudyName,
+    complain,
+    console,
+    say,
+)
 from ranksearch.cli.progress import Reporter
-from ranksearch.cli.tables import front_table, inspection, layers_table, percent
+from ranksearch.cli.tables import front_table, inspection, layers_table, percent, records
 from ranksearch.errors import RanksearchError
+from ranksearch.secrecy import redacted
 
 if TYPE_CHECKING:
     from ranksearch.study import Study
@@ -64,11 +77,19 @@ def search(
     study: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the new study; that of the space by default.")
     ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Where there is a study of that name, go on with it instead.")
+    ] = False,
     storage: Storage = None,
     quiet: Quiet = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Search the ranks of a network; ends with the front and the commands to go on."""
-    with _driving(storage, quiet) as reporter:
+    if go_on and (known := _known(space, settings or (), study, storage)) is not None:
+        name, trials = known
+        resume(name, trials=trials, storage=storage, quiet=quiet, as_json=as_json)
+        return
+    with _driving(storage, quiet, as_json) as reporter:
         from ranksearch.launch import search as run
 
         found = run(
@@ -80,7 +101,7 @@ def search(
             named=reporter.named,
             watch=reporter.watch,
         )
-    _conclude(found, storage)
+    _conclude(found, storage, as_json)
 
 
 def resume(
@@ -90,17 +111,18 @@ def resume(
     ] = None,
     storage: Storage = None,
     quiet: Quiet = False,
+    as_json: AsJsonLines = False,
 ) -> None:
     """Continue a stopped or killed search; with a larger --trials, extend a finished one."""
-    with _driving(storage, quiet) as reporter:
+    with _driving(storage, quiet, as_json) as reporter:
         from ranksearch.launch import resume as run
 
         reporter.named(name)
         found = run(name, storage=storage, trials=trials, notify=reporter.notify, watch=reporter.watch)
-    if not reporter.trials:
+    if not reporter.trials and not as_json:
         made = len({trial.index for trial in found.trials()})
         say(f"Nothing to do: {made} proposals are made already. Ask for more with --trials.\n")
-    _conclude(found, storage)
+    _conclude(found, storage, as_json)
 
 
 def schema() -> None:
@@ -110,10 +132,20 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
+def _known(space: Path, settings: Sequence[str], study: str | None, storage: str | None) -> tuple[str, int] | None:
+    """The study that a search of this space would go on with, and how many trials the space asks for."""
+    from ranksearch.launch import read_space
+    from ranksearch.storage import Store
+
+    found, _ = read_space(space, settings)
+    name = study or found.name or "search"
+    return (name, found.budget.trials) if name in Store(storage).names() else None
+
+
 @contextmanager
-def _driving(storage: str | None, quiet: bool) -> Iterator[Reporter]:
+def _driving(storage: str | None, quiet: bool, as_json: bool) -> Iterator[Reporter]:
     """Show progress; turn Ctrl-C and what stops a running search into exit codes."""
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet, as_json=as_json)
     try:
         with reporter:
             yield reporter
@@ -126,7 +158,7 @@ def _driving(storage: str | None, quiet: bool) -> Iterator[Reporter]:
         else:
             study = Store(storage).open(name)
             complete = sum(trial.state == "COMPLETE" for trial in study.trials())
-            if complete:
+            if complete and not as_json:
                 console().print(front_table(study))
             say(f"Interrupted: {complete} of {study.space.budget.trials} trials are done.", style="yellow", stderr=True)
             say(f"Go on with: ranksearch resume {name}{_place(storage)}", stderr=True)
@@ -139,7 +171,7 @@ def _driving(storage: str | None, quiet: bool) -> Iterator[Reporter]:
         raise typer.Exit(1) from None
 
 
-def _conclude(study: Study, storage: str | None) -> None:
+def _conclude(study: Study, storage: str | None, as_json: bool) -> None:
     """The front, and what can be done with it; exit code 1 where it is empty."""
     trials = study.trials()
     failed = [trial for trial in trials if trial.state == "FAIL"]
@@ -152,6 +184,10 @@ def _conclude(study: Study, storage: str | None) -> None:
         limits = study.space.budget.model_dump(include={"max_macs_ratio", "max_drop"}, exclude_none=True)
         complain(f"none of {len(complete)} trials of {study.name} is within the budget's limits {limits}.")
         raise typer.Exit(1)
+    if as_json:
+        told = {"event": "end", "study": study.name, "done": len(complete), "failed": len(failed)}
+        typer.echo(json.dumps({**told, "front": records(study.front(trials))}, allow_nan=False))
+        return
     console().print(front_table(study))
     say(f"\nStudy {study.name}: {len(complete)} trials done, {len(failed)} failed.{_outlook(trials)} Go on with:")
     for command in _next_commands(study, storage):
@@ -169,9 +205,10 @@ def _outlook(trials: list[Trial]) -> str:
 def _next_commands(study: Study, storage: str | None) -> list[str]:
     name, place = study.name, _place(storage)
     commands = [
+        *([f"ranksearch dashboard {name}{place}"] if find_spec("dash") else []),
         f"ranksearch front {name} --html front.html{place}",
         f"ranksearch export {name} --knee -o rank_map.json --save-weights compressed.safetensors{place}",
-        f"ranksearch evaluate rank_map.json{place}",
+        f"ranksearch evaluate rank_map.json{' --trust' if _calls_factories(study) else ''}{place}",
         f"ranksearch resume {name} --trials {2 * study.space.budget.trials}{place}",
     ]
     if study.space.tracking.enabled:
@@ -182,7 +219,12 @@ def _next_commands(study: Study, storage: str | None) -> list[str]:
     return commands
 
 
+def _calls_factories(study: Study) -> bool:
+    """Whether the rank map will name functions of the user's."""
+    return ":" in study.space.model.name or ":" in study.space.data.source
+
+
 def _place(storage: str | None) -> str:
     """How to name a storage that is not where commands look by themselves."""
     given = storage != os.environ.get("RANKSEARCH_STORAGE")
-    return f" --storage {shlex.quote(storage)}" if storage and given else ""
+    return f" --storage {shlex.quote(redacted(storage))}" if storage and given else ""

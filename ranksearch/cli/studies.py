@@ -56,17 +56,24 @@ def front(
         console().print(front_table(study))
 
 
+MaxMacsRatio = Annotated[
+    float | None, typer.Option(min=0, max=1, help="The most accurate with at most this share of the MACs.")
+]
+MaxGmacs = Annotated[float | None, typer.Option(min=0, help="The same with at most so many GMACs.")]
+MaxDrop = Annotated[
+    float | None, typer.Option(min=0, metavar="PP", help="The cheapest that loses at most so many points.")
+]
+Knee = Annotated[bool, typer.Option("--knee", help="The knee of the front.")]
+TrialNumber = Annotated[int | None, typer.Option(min=0, metavar="N", help="The trial of this number.")]
+
+
 def export(
     name: StudyName,
-    max_macs_ratio: Annotated[
-        float | None, typer.Option(min=0, max=1, help="The most accurate with at most this share of the MACs.")
-    ] = None,
-    max_gmacs: Annotated[float | None, typer.Option(min=0, help="The same with at most so many GMACs.")] = None,
-    max_drop: Annotated[
-        float | None, typer.Option(min=0, metavar="PP", help="The cheapest that loses at most so many points.")
-    ] = None,
-    knee: Annotated[bool, typer.Option("--knee", help="The knee of the front.")] = False,
-    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="The trial of this number.")] = None,
+    max_macs_ratio: MaxMacsRatio = None,
+    max_gmacs: MaxGmacs = None,
+    max_drop: MaxDrop = None,
+    knee: Knee = False,
+    trial: TrialNumber = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The rank map to write.")] = Path("rank_map.json"),
     save_weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the compressed weights too (safetensors).")
@@ -74,16 +81,7 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Write the rank map of the trial that a rule picks, with its weights if asked to."""
-    rules = {
-        "--max-macs-ratio": max_macs_ratio is not None,
-        "--max-gmacs": max_gmacs is not None,
-        "--max-drop": max_drop is not None,
-        "--knee": knee,
-        "--trial": trial is not None,
-    }
-    if sum(rules.values()) != 1:
-        given = ", ".join(rule for rule, present in rules.items() if present) or "none"
-        raise typer.BadParameter(f"exactly one rule of {', '.join(rules)} must be given, found {given}")
+    _exactly_one(max_macs_ratio, max_gmacs, max_drop, knee, trial)
     from ranksearch.export import choose
     from ranksearch.handover import export_trial
     from ranksearch.storage import Store
@@ -101,6 +99,53 @@ def export(
     say(f"Written: {output}{f' and {save_weights}' if save_weights else ''}")
 
 
+def _exactly_one(
+    max_macs_ratio: float | None, max_gmacs: float | None, max_drop: float | None, knee: bool, trial: int | None
+) -> None:
+    rules = {
+        "--max-macs-ratio": max_macs_ratio is not None,
+        "--max-gmacs": max_gmacs is not None,
+        "--max-drop": max_drop is not None,
+        "--knee": knee,
+        "--trial": trial is not None,
+    }
+    if sum(rules.values()) != 1:
+        given = ", ".join(rule for rule, present in rules.items() if present) or "none"
+        raise typer.BadParameter(f"exactly one rule of {', '.join(rules)} must be given, found {given}")
+
+
+def publish(
+    name: StudyName,
+    alias: Annotated[str, typer.Option(metavar="ALIAS", help="What the version is known as.")] = "champion",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The registered model; that of the network by default.")
+    ] = None,
+    max_macs_ratio: MaxMacsRatio = None,
+    max_gmacs: MaxGmacs = None,
+    max_drop: MaxDrop = None,
+    knee: Knee = False,
+    trial: TrialNumber = None,
+    storage: Storage = None,
+) -> None:
+    """Register the compressed network that a rule picks, the knee by default, in MLflow's Model Registry."""
+    if (max_macs_ratio, max_gmacs, max_drop, trial) == (None, None, None, None):
+        knee = True
+    _exactly_one(max_macs_ratio, max_gmacs, max_drop, knee, trial)
+    from ranksearch.export import choose
+    from ranksearch.publishing import publish as register
+    from ranksearch.storage import Store
+
+    store = Store(storage)
+    study = store.open(name)
+    chosen = choose(
+        study, max_macs_ratio=max_macs_ratio, max_gmacs=max_gmacs, max_drop=max_drop, knee_point=knee, trial=trial
+    )
+    with Reporter() as reporter:
+        found = register(study, chosen, store, alias=alias, model=model, notify=reporter.notify)
+    say(f"Trial {chosen.number} is version {found.version} of {found.model}, alias {alias}. Serve it with:")
+    say(f"  MLFLOW_TRACKING_URI={found.uri} mlflow models serve -m models:/{found.model}@{alias} --env-manager local")
+
+
 def ui(
     name: StudyName,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000,
@@ -115,6 +160,7 @@ def ui(
     if not spec.enabled:
         raise TrackingError(f"the study {name} was not tracked (tracking.enabled: false): MLflow has nothing of it.")
     from ranksearch.tracking.store import shown, store_uri, ui_command
+    from ranksearch.tracking.story import front_page
 
     command, environment = ui_command(spec, folder=store.folder, port=port)
     if not command:
@@ -123,7 +169,10 @@ def ui(
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise TrackingError(f"port {port} must be free, something answers there. Give another with --port.")
-    say(f"MLflow: http://127.0.0.1:{port}  experiment: {spec.experiment}  run: {name}  (Ctrl-C ends it)")
+    front_of_study = front_page(spec, store.folder, name)
+    say(
+        f"MLflow: http://127.0.0.1:{port}{front_of_study}  experiment: {spec.experiment}  run: {name}  (Ctrl-C ends it)"
+    )
     sys.stdout.flush()
     raise typer.Exit(_serve(command, environment))
 

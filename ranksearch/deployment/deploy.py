@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ranksearch.data import Data, to_input
+from ranksearch.deployment.int8 import ONNX_INT8
 from ranksearch.deployment.portable import ONNX, PT2, SAFETENSORS
 from ranksearch.deployment.source import PYTHON
 from ranksearch.deployment.target import Job, Runner, Target, first_line
@@ -28,21 +29,34 @@ from ranksearch.errors import ExportError, RanksearchError
 from ranksearch.export import file_hash, load_compressed, read_compressed
 from ranksearch.factors import threads
 from ranksearch.handover import compress
+from ranksearch.latency import median_ms
 from ranksearch.models import build_model
 from ranksearch.preparation import Notify, silent, versions
 from ranksearch.rankmap import RankMap
-from ranksearch.recorded import RECORDED, load_recorded, scoring_of
+from ranksearch.recorded import RECORDED, check_factories, load_recorded, scoring_of
 from ranksearch.space import ModelSpec
 from ranksearch.storage import Store
 from ranksearch.surgery import count_macs, count_params, run_one
 
-TARGETS: dict[str, Target] = {"safetensors": SAFETENSORS, "pt2": PT2, "onnx": ONNX, "python": PYTHON}
+TARGETS: dict[str, Target] = {
+    "safetensors": SAFETENSORS,
+    "pt2": PT2,
+    "onnx": ONNX,
+    "onnx-int8": ONNX_INT8,
+    "python": PYTHON,
+}
 NOISE = "noise"
 """In place of images: random ones, where the data cannot be had."""
 IMAGES = 5000
 """Images on which an export is compared, at most: search-validation and report images."""
 TOLERANCE = 1e-4
 """Largest difference of an output, as a share of the largest output where that is above 1."""
+LEAST_AGREEMENT = 0.9
+"""Share of the images for which an export that is not exact must name the same class."""
+CALIBRATION_IMAGES = 512
+"""Images that such an export is calibrated on, at most."""
+LATENCY_BATCHES = (1, 64)
+"""Images at a time for which the export is timed."""
 _NOISE_IMAGES = 256
 
 
@@ -61,6 +75,12 @@ class Agreement:
     """Largest magnitude of any output of the network it was made from."""
     accuracy: float | None
     """Top-1 accuracy of the exported network, 0 to 1, on these images; None on noise."""
+    accuracy_before: float | None
+    """Likewise, of the network it was made from."""
+    latency_ms: dict[int, float]
+    """Images at a time to milliseconds of one run of the export, on the CPU."""
+    threads: int
+    """Of the CPU, in all of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +103,7 @@ def deploy(
     weights: Path | None = None,
     data: str | None = None,
     storage: str | Path | None = None,
+    trust: bool = False,
     notify: Notify = silent,
 ) -> Deployed:
     """Write the compressed network of a rank map in a format that other programs run, with a manifest beside it.
@@ -100,6 +121,7 @@ def deploy(
         weights: of the dense network.
         data: calibration images for activation-aware factors.
         storage: where the cache is.
+        trust: whether functions that the map alone names are imported and called.
         notify: told what is being done.
 
     Raises:
@@ -108,18 +130,25 @@ def deploy(
         RankMapError, ModelError, DataError, SpaceError: something cannot be read, or does not fit the map.
     """
     target = _target(to, output)
+    source = images or data or RECORDED
+    if not trust:
+        check_factories(read_compressed(file)[0], model=model, data=None if source == NOISE else source)
     with tempfile.TemporaryDirectory() as folder:
         if data is not None or model is not None or read_compressed(file)[1] is None:
             afresh = Path(folder) / "afresh.safetensors"
-            compress(file, afresh, model=model, weights=weights, data=data, storage=storage, notify=notify)
+            compress(file, afresh, model=model, weights=weights, data=data, storage=storage, trust=trust, notify=notify)
             file = afresh
         rank_map, stored = read_compressed(file)
         structure = build_model(ModelSpec(name=rank_map.model.name, options=rank_map.model.options), weights=None)
         network = load_compressed(rank_map, structure, cast(Path, stored))
     _check_outputs(run_one(network, rank_map.model.input_shape), rank_map)
-    source = images or data or RECORDED
     loaded = None if source == NOISE else load_recorded(rank_map, source, Store(storage).cache, notify)
-    job = Job(rank_map=rank_map.model_copy(update={"weights": None}), network=network, structure=structure)
+    job = Job(
+        rank_map=rank_map.model_copy(update={"weights": None}),
+        network=network,
+        structure=structure,
+        calibration=_calibration(target, loaded),
+    )
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as folder:
         aside = Path(folder) / output.name
         notify(f"writing {to}", 0, 1)
@@ -154,6 +183,14 @@ def _check_outputs(outputs: Any, rank_map: RankMap) -> None:
         )
 
 
+def _calibration(target: Target, data: Data | None) -> tuple[Tensor, ...]:
+    """Batches that an export which is not exact is calibrated on."""
+    if target.exact or data is None:
+        return ()
+    images = data.calibration[:CALIBRATION_IMAGES]
+    return tuple(to_input(images[start : start + 64], data) for start in range(0, len(images), 64))
+
+
 def _written(target: Target, job: Job, path: Path) -> None:
     try:
         target.write(job, path)
@@ -171,7 +208,7 @@ def _compared(target: Target, job: Job, path: Path, data: Data | None, source: s
     """Both networks on the images; raises :class:`ExportError` where they do not compute the same."""
     count, batch_images, _ = scoring_of(job.rank_map)
     total = _NOISE_IMAGES if data is None else min(IMAGES, len(data.search) + len(data.report))
-    done = same = right = 0
+    done = same = right = right_before = 0
     difference = largest = 0.0
     with threads(count):
         run = _runner(target, job, path)
@@ -183,8 +220,11 @@ def _compared(target: Target, job: Job, path: Path, data: Data | None, source: s
             difference = max(difference, gap if isfinite(gap) else inf)
             largest = max(largest, float(ours.abs().max()))
             same += int((ours.argmax(1) == theirs.argmax(1)).sum())
-            right += 0 if labels is None else int((theirs.argmax(1) == labels).sum())
+            if labels is not None:
+                right += int((theirs.argmax(1) == labels).sum())
+                right_before += int((ours.argmax(1) == labels).sum())
             done += len(images)
+        latencies = _latencies(run, job.rank_map)
     found = Agreement(
         images=done,
         source=source,
@@ -192,15 +232,37 @@ def _compared(target: Target, job: Job, path: Path, data: Data | None, source: s
         max_difference=difference,
         largest_output=largest,
         accuracy=None if data is None else right / done,
+        accuracy_before=None if data is None else right_before / done,
+        latency_ms=latencies,
+        threads=count,
     )
-    if difference > TOLERANCE * max(1.0, largest) or same < done:
+    if target.exact:
+        _check_same(found, path)
+    elif found.top1_agreement < LEAST_AGREEMENT or not isfinite(difference):
+        raise ExportError(
+            f"{path.name} must name the class of the network it was made from for {LEAST_AGREEMENT:.0%} of the images, "
+            f"it does for {found.top1_agreement:.1%}. No file was left; fine-tune the network, or use `--to onnx`."
+        )
+    return found
+
+
+def _latencies(run: Runner, rank_map: RankMap) -> dict[int, float]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        size: median_ms(run, torch.randn((size, *rank_map.model.input_shape), generator=generator), seconds=0.3)
+        for size in LATENCY_BATCHES
+    }
+
+
+def _check_same(found: Agreement, path: Path) -> None:
+    if found.max_difference > TOLERANCE * max(1.0, found.largest_output) or found.top1_agreement < 1:
         raise ExportError(
             f"an exported network must compute what the compressed one does: outputs within {TOLERANCE} of it (of the "
             f"largest output where that is above 1) and every class the same; {path.name}, read back, differs by up to "
-            f"{difference:.3g} where the largest output is {largest:.3g}, and names the same class for {same} of "
-            f"{done} images. No file was left. Is there chance in the network's forward, or a value that is no number?"
+            f"{found.max_difference:.3g} where the largest output is {found.largest_output:.3g}, and names the same "
+            f"class for {found.top1_agreement:.2%} of {found.images} images. No file was left. Is there chance in the "
+            "network's forward, or a value that is no number?"
         )
-    return found
 
 
 def _runner(target: Target, job: Job, path: Path) -> Runner:

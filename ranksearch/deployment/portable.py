@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ranksearch.deployment.target import Job, Runner, Target, first_line
 from ranksearch.errors import ExportError
 from ranksearch.export import load_compressed, save_compressed
+from ranksearch.rankmap import RankMap
 
 INPUT, OUTPUT = "images", "outputs"
 """Names in an ONNX model."""
@@ -40,24 +42,32 @@ def _read_pt2(job: Job, path: Path) -> Runner:
 
 
 def _write_onnx(job: Job, path: Path) -> None:
+    write_onnx(job.program, job.folded.model, job.rank_map, path)
+
+
+def write_onnx(program: ExportedProgram, model: nn.Module, rank_map: RankMap, path: Path) -> None:
+    """Write the graph of a network as an ONNX model.
+
+    Raises:
+        ExportError: packages are missing, or an operator has no place in ONNX.
+    """
     _required("onnx", "onnxscript", "onnxruntime")
     with _quiet():
         try:
-            made = torch.onnx.export(
-                job.program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
-            )
+            made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
         except Exception as error:  # whatever the exporter meets in a graph
             raise ExportError(
-                f"every operator of {job.rank_map.model.name} must have a place in ONNX: {first_line(error)}. "
+                f"every operator of {rank_map.model.name} must have a place in ONNX: {first_line(error)}. "
                 "Use `--to pt2` or `--to python`."
             ) from error
         if made is None:
             raise ExportError("torch.onnx gave no model. Use `--to pt2` or `--to python`.")
-        size = sum(value.nbytes for value in job.folded.model.state_dict().values())
+        size = sum(value.nbytes for value in model.state_dict().values())
         made.save(str(path), external_data=size > _LARGEST)
 
 
-def _read_onnx(job: Job, path: Path) -> Runner:
+def read_onnx(job: Job, path: Path) -> Runner:
+    """A runner in ONNX Runtime, on the CPU."""
     import onnxruntime
 
     options: Any = onnxruntime.SessionOptions()
@@ -103,5 +113,5 @@ SAFETENSORS = Target(
 )
 PT2 = Target(suffix=".pt2", write=_write_pt2, read=_read_pt2)
 ONNX = Target(
-    suffix=".onnx", write=_write_onnx, read=_read_onnx, packages=("torch", "onnx", "onnxscript", "onnxruntime")
+    suffix=".onnx", write=_write_onnx, read=read_onnx, packages=("torch", "onnx", "onnxscript", "onnxruntime")
 )

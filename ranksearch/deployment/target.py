@@ -28,6 +28,8 @@ class Job:
     """The compressed network as it was built, in evaluation mode, float32, on the CPU."""
     structure: nn.Module
     """A network of the dense architecture, whatever its weights."""
+    calibration: tuple[Tensor, ...] = ()
+    """Batches of calibration images, for formats that are not exact."""
 
     @cached_property
     def folded(self) -> Folded:
@@ -39,21 +41,26 @@ class Job:
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The folded network as a graph of torch's operators, for any number of images.
+        """The folded network as a graph; raises :class:`ExportError` as :func:`graph_of` does."""
+        return graph_of(self.folded.model, self.rank_map)
 
-        Raises:
-            ExportError: torch.export cannot follow it.
-        """
-        # Two images: torch.export takes the sizes 0 and 1 for constants.
-        images = torch.zeros(2, *self.rank_map.model.input_shape)
-        try:
-            return torch.export.export(self.folded.model, (images,), dynamic_shapes=({0: Dim("images", min=1)},))
-        except Exception as error:  # torch.export raises whatever its stages meet
-            raise ExportError(
-                f"a network must be one graph for any number of images to be exported, {self.rank_map.model.name} is "
-                f"not: {first_line(error)}. Take what depends on the values or the number of images out of its "
-                "forward, or use `--to safetensors`."
-            ) from error
+
+def graph_of(model: nn.Module, rank_map: RankMap) -> ExportedProgram:
+    """A network as a graph of torch's operators, for any number of images.
+
+    Raises:
+        ExportError: torch.export cannot follow it.
+    """
+    # Two images: torch.export takes the sizes 0 and 1 for constants.
+    images = torch.zeros(2, *rank_map.model.input_shape)
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("images", min=1)},))
+    except Exception as error:  # torch.export raises whatever its stages meet
+        raise ExportError(
+            f"a network must be one graph for any number of images to be exported, {rank_map.model.name} is not: "
+            f"{first_line(error)}. Take what depends on the values or the number of images out of its forward, or use "
+            "`--to safetensors`."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,8 @@ class Target:
     """Reads it back; of the job it may take the map and the structure, not the network."""
     folded: bool = True
     """Whether the file holds the folded network."""
+    exact: bool = True
+    """Whether the file must compute what the network does, up to rounding; else it is calibrated on images."""
     packages: tuple[str, ...] = ("torch",)
     """Whose versions the manifest records."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from ranksearch.engine.limit import Overdue, limited
+from ranksearch.secrecy import redacted
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Signal, Task
 
@@ -78,7 +79,8 @@ def build_map(spec: ResourcesSpec) -> Callable[[Callable[[Any], Any], Iterable[A
     from ranksearch.engine.pool import over_processes
 
     cpus = os.cpu_count() or 1
-    return builtins.map if spec.gpus_per_trial else over_processes(spec.workers or cpus // spec.cpus_per_trial)
+    fitting = max(1, int(cpus / spec.cpus_per_trial))
+    return builtins.map if spec.gpus_per_trial else over_processes(spec.workers or fitting)
 
 
 def limit_s(spec: ResourcesSpec) -> float | None:
@@ -109,12 +111,22 @@ def attempt(evaluate: Evaluate, task: Task, *, limit_s: float | None = None, dea
     except Overdue:
         return overdue(limit_s or 0.0)
     except Exception as error:
+        if is_out_of_memory(error):
+            return Failure(reason=reason(error), exhausted=True)
         # safetensors tells of a full disk in an error of its own.
         interrupted = isinstance(error, OSError) or "No space left" in str(error)
         return Failure(reason=reason(error), interrupted=interrupted)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was short, of the machine or of a GPU; PyTorch tells of both in a ``RuntimeError``."""
+    told = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory" in told)
+    )
+
+
 def reason(error: Exception) -> str:
-    """Type and message of an error in one line."""
-    message = " ".join(str(error).split())
+    """Type and message of an error in one line, without passwords."""
+    message = " ".join(redacted(str(error)).split())
     return f"{type(error).__name__}: {message}"[:_REASON_LENGTH].removesuffix(": ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -11,10 +12,11 @@ from ray.exceptions import RayError
 from ray.util import ActorPool
 
 from ranksearch.engine import reason
-from ranksearch.engine.cluster import cluster, nodes, quiet
+from ranksearch.engine.cluster import carried, cluster, nodes, quiet
 from ranksearch.engine.pool import Work, answer
 from ranksearch.engine.resources import workers
 from ranksearch.errors import EngineError
+from ranksearch.secrecy import adopt
 from ranksearch.space import ResourcesSpec
 
 
@@ -31,9 +33,14 @@ def over_actors(spec: ResourcesSpec) -> Callable[[Work, Iterable[Any]], Iterator
         left = list(items)
         with quiet(spec.address), cluster(spec):
             count = min(workers(spec, nodes()), len(left))
-            actor: Any = ray.remote(num_cpus=spec.cpus_per_trial, num_gpus=spec.gpus_per_trial)(_Worker)
+            wanted: dict[str, Any] = {"num_cpus": spec.cpus_per_trial, "num_gpus": spec.gpus_per_trial}
+            if spec.memory_bytes:
+                wanted["memory"] = spec.memory_bytes
+            if spec.labels:
+                wanted["label_selector"] = dict(spec.labels)
+            actor: Any = ray.remote(**wanted)(_Worker)
             held = ray.put(work)
-            pool = ActorPool([actor.remote(held) for _ in range(count)])
+            pool = ActorPool([actor.remote(held, carried()) for _ in range(count)])
             try:
                 for content in pool.map(lambda worker, item: worker.answer.remote(item), left):
                     done, value = pickle.loads(content)
@@ -52,7 +59,9 @@ def over_actors(spec: ResourcesSpec) -> Callable[[Work, Iterable[Any]], Iterator
 class _Worker:
     """Holds the function."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, variables: dict[str, str]) -> None:
+        adopt()
+        os.environ.update(variables)
         self._work = work
 
     def answer(self, item: Any) -> bytes:

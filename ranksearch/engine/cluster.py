@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from ranksearch import mirror
 from ranksearch.engine import reason
 from ranksearch.engine.resources import Node, local_cpus
 from ranksearch.errors import EngineError
@@ -35,8 +36,14 @@ _ENVIRONMENT = {
 
 def nodes() -> list[Node]:
     """The machines of the cluster."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return [(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive]
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    found = [(node["Resources"], node.get("Labels", {})) for node in alive]
+    return [Node(r.get("CPU", 0.0), r.get("GPU", 0.0), r.get("memory", 0.0), labels) for r, labels in found]
+
+
+def carried() -> dict[str, str]:
+    """Variables of this process that workers need: those of a cluster that was there before do not inherit them."""
+    return {name: os.environ[name] for name in (mirror.VARIABLE,) if name in os.environ}
 
 
 @contextlib.contextmanager

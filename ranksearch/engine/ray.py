@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from ranksearch.engine import Evaluate, Factory, Source, attempt, limit_s, overdue, reason
-from ranksearch.engine.cluster import cluster, nodes, quiet
+from ranksearch.engine import Evaluate, Factory, Source, attempt, limit_s, memory, overdue, reason
+from ranksearch.engine.cluster import carried, cluster, nodes, quiet
 from ranksearch.engine.limit import GRACE_S
 from ranksearch.engine.resources import workers
 from ranksearch.errors import EngineError
+from ranksearch.secrecy import adopt
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Task
 
@@ -59,12 +63,11 @@ class RayEngine:
 
 def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any) -> None:
     """Run Tune, in a folder that is left to nobody, until the source is DONE."""
-    resources = {"cpu": float(spec.cpus_per_trial), "gpu": spec.gpus_per_trial}
     worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox, limit_s=limit_s(spec))
-    dispatcher = _Dispatcher(source, _Capacity(spec), mailbox, limit_s(spec))
+    dispatcher = _Dispatcher(source, _Capacity(spec), mailbox, spec.gpus_per_trial, limit_s(spec))
     with tempfile.TemporaryDirectory(prefix="ranksearch-tune-") as folder:
         tune.Tuner(
-            tune.with_resources(worker, resources),
+            tune.with_resources(worker, _placement(spec)),
             tune_config=tune.TuneConfig(search_alg=dispatcher, num_samples=-1),
             run_config=tune.RunConfig(
                 name="search",
@@ -99,6 +102,14 @@ class _Capacity:
         return self._count
 
 
+def _placement(spec: ResourcesSpec) -> tune.PlacementGroupFactory:
+    """What a worker takes of one machine, and which machines have it."""
+    wanted = {"CPU": float(spec.cpus_per_trial), "GPU": spec.gpus_per_trial, "memory": float(spec.memory_bytes)}
+    bundle = {name: amount for name, amount in wanted.items() if amount}
+    labels: dict[str, Any] = {"bundle_label_selector": [dict(spec.labels)]} if spec.labels else {}
+    return tune.PlacementGroupFactory([bundle], **labels)
+
+
 class _Stopped(BaseException):
     """Carries an error through Tune, which would wrap or retry any other, to the engine's caller."""
 
@@ -107,22 +118,26 @@ class _Stopped(BaseException):
         self.error = error
 
 
+_Letter = tuple[list[Task], bool]
+"""Tasks, and whether no other worker works where they are worked on."""
+
+
 class _Mailbox:
     """An actor through which tasks reach the workers: Tune itself hands a worker nothing once it runs."""
 
     def __init__(self) -> None:
-        self._boxes: defaultdict[str, asyncio.Queue[list[Task] | None]] = defaultdict(asyncio.Queue)
+        self._boxes: defaultdict[str, asyncio.Queue[_Letter | None]] = defaultdict(asyncio.Queue)
 
-    async def put(self, worker: str, tasks: list[Task] | None) -> None:
-        """Hand tasks to a worker, or None to end it."""
-        self._boxes[worker].put_nowait(tasks)
+    async def put(self, worker: str, tasks: list[Task] | None, alone: bool = False) -> None:
+        """Hand tasks to a worker, to be worked on ``alone`` or beside others, or None to end it."""
+        self._boxes[worker].put_nowait(None if tasks is None else (tasks, alone))
 
-    async def take(self, worker: str) -> list[Task] | None:
+    async def take(self, worker: str) -> _Letter | None:
         """The next tasks of a worker; none after a while."""
         try:
             return await asyncio.wait_for(self._boxes[worker].get(), _IDLE_SECONDS)
         except TimeoutError:
-            return []
+            return [], False
 
 
 class _Worker(tune.Trainable):
@@ -139,11 +154,16 @@ class _Worker(tune.Trainable):
         self._name: str = config["worker"]
         self._mailbox = mailbox
         self._limit_s = limit_s
+        self._share: float = config["gpu_share"]
         self._queue: list[Task] = []
+        self._alone = False
         self._ready = False
         self._broken: str | None = None
         self._evaluate: Evaluate | None = None
+        adopt()
+        os.environ.update(config["variables"])
         try:
+            memory.limit(self._share)
             self._evaluate = factory() if factory else None
         except Exception as error:
             self._broken = reason(error)
@@ -154,29 +174,34 @@ class _Worker(tune.Trainable):
             return {"results": [], "broken": self._broken, "done": True}
         if not self._ready:
             self._ready = True
-            return {"results": [], "done": False}
+            return {"results": [], "place": memory.place(), "done": False}
         if not self._queue:
-            tasks = ray.get(self._mailbox.take.remote(self._name))
-            if tasks is None:
+            memory.release(self._share)
+            letter: _Letter | None = ray.get(self._mailbox.take.remote(self._name))
+            if letter is None:
                 return {"results": [], "done": True}
-            self._queue = tasks
+            self._queue, self._alone = letter
         start = time.monotonic()
         results: list[tuple[int, Outcome | Failure]] = []
         while self._queue and time.monotonic() - start < _REPORT_SECONDS:
             task = self._queue.pop(0)
-            results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=True)))
+            with memory.whole(self._share) if self._alone else nullcontext():
+                results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=True)))
         return {"results": results, "seconds": time.monotonic() - start, "done": False}
 
 
 class _Dispatcher(Searcher):
     """Starts workers, keeps them in tasks, and hands results to the source; runs in the driver."""
 
-    def __init__(self, source: Source, capacity: _Capacity, mailbox: Any, limit_s: float | None) -> None:
+    def __init__(
+        self, source: Source, capacity: _Capacity, mailbox: Any, gpu_share: float, limit_s: float | None
+    ) -> None:
         super().__init__()
         self._source = source
         self._capacity = capacity
         self._mailbox = mailbox
         self._limit_s = limit_s
+        self._gpu_share = gpu_share
         self._running: dict[str, dict[int, Task]] = {}
         """Worker to the tasks it has, by number."""
         self._starting: set[str] = set()
@@ -194,6 +219,12 @@ class _Dispatcher(Searcher):
         self._alone = 0
         """How many tasks still to send one by one, because as many were lost with a worker: one of them may have
         killed it, and is not to take the others along again."""
+        self._places: dict[str, str] = {}
+        """Worker to the machine and GPU whose memory it shares with the others there."""
+        self._outgrown: dict[str, list[Task]] = {}
+        """Place to tasks that ran out of memory there: each is tried once more while no other worker there works."""
+        self._by_itself: dict[str, Task] = {}
+        """Place to the task that is tried so."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher beside its own state, and the source holds files and threads."""
@@ -205,13 +236,15 @@ class _Dispatcher(Searcher):
         if len(self._running) < self._capacity() and self._refill(wanted) and len(self._ready) >= wanted:
             self._running[trial_id] = {}
             self._starting.add(trial_id)
-            return {"worker": trial_id}
+            return {"worker": trial_id, "gpu_share": self._gpu_share, "variables": carried()}
         return Searcher.FINISHED if self._exhausted and not self._ready else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record what a worker reports, and keep all workers in tasks."""
         self._starting.discard(trial_id)
         self._heard[trial_id] = time.monotonic()
+        if "place" in result:
+            self._places[trial_id] = result["place"]
         self._record(trial_id, result)
         self._feed()
 
@@ -230,6 +263,7 @@ class _Dispatcher(Searcher):
             died = Failure(reason="its worker died (killed, or out of memory)", interrupted=True)
             for task in lost.values():
                 self._done(task, overdue(self._limit_s or 0.0) if overran else died)
+        self._leave(self._places.pop(trial_id, ""), lost)
         self._feed()
 
     def _overran(self, worker: str) -> bool:
@@ -274,18 +308,61 @@ class _Dispatcher(Searcher):
             # At most doubled at a time: the first tasks say little about the next.
             fitting = int(_CHUNK_SECONDS * len(results) / max(result["seconds"], 1e-6))
             self._chunk = max(1, min(fitting, 2 * self._chunk))
+        place = self._places.get(trial_id, "")
         for task, outcome in results:
-            self._done(task, outcome)
+            again = self._by_itself.pop(place, None) is not None
+            if not (isinstance(outcome, Failure) and outcome.exhausted):
+                self._done(task, outcome)
+            elif again:
+                self._done(task, replace(outcome, reason=f"{outcome.reason} (also alone on its machine or GPU)"))
+            elif self._divided(place):
+                self._outgrown.setdefault(place, []).append(task)
+            else:
+                self._done(task, outcome)
+
+    def _divided(self, place: str) -> bool:
+        """Whether a task had less than all the memory there."""
+        return 0 < self._gpu_share < 1 or list(self._places.values()).count(place) > 1
+
+    def _rests(self, worker: str) -> bool:
+        """Whether a worker gets nothing to do, for a task that needs all the memory where it is."""
+        place = self._places.get(worker)
+        return place in self._outgrown or place in self._by_itself
+
+    def _leave(self, place: str, lost: Mapping[int, Task]) -> None:
+        """A worker is gone: what was to be tried alone there is tried elsewhere where none is left."""
+        if (task := self._by_itself.get(place)) is not None and task.number in lost:
+            del self._by_itself[place]
+        if place not in self._places.values():
+            for task in self._outgrown.pop(place, []):
+                self._done(task, Failure(reason="its worker died before it could be tried alone", interrupted=True))
+
+    def _try_alone(self) -> None:
+        """Send a task that ran out of memory to a worker of its place, as soon as all there have ended their work."""
+        for place in [*self._outgrown]:
+            here = [worker for worker in self._running if self._places.get(worker) == place]
+            if not here or place in self._by_itself or any(self._running[worker] for worker in here):
+                continue
+            task = self._outgrown[place].pop(0)
+            if not self._outgrown[place]:
+                del self._outgrown[place]
+            self._by_itself[place] = task
+            self._running[here[0]] = {task.number: task}
+            self._heard[here[0]] = time.monotonic()
+            self._mailbox.put.remote(here[0], [task], alone=True)
 
     def _feed(self) -> None:
         """Send tasks to every worker that has none, or end it where there is nothing more to come."""
-        idle = [worker for worker, tasks in self._running.items() if not tasks and worker not in self._starting]
+        self._try_alone()
+        free = [w for w, tasks in self._running.items() if not tasks and w not in self._starting]
+        idle = [worker for worker in free if not self._rests(worker)]
         for i, worker in enumerate(idle):
             if self._refill(len(idle) - i):
                 self._send(worker)
             elif self._exhausted:
                 self._mailbox.put.remote(worker, None)
                 self._running.pop(worker)
+                self._places.pop(worker, None)
 
     def _refill(self, idle: int) -> bool:
         """Take tasks from the source for so many idle workers; whether any is ready.
@@ -302,7 +379,7 @@ class _Dispatcher(Searcher):
             if tasks is DONE:
                 self._exhausted = True
             elif tasks is WAIT:
-                if not self._ready and not any(self._running.values()):
+                if not (self._ready or self._outgrown or any(self._running.values())):
                     raise _Stopped(RuntimeError("the source waits for a running task, and none is running"))
                 break
             else:

@@ -9,8 +9,6 @@ threshold that meets it.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ranksearch.checkpoint import read_checkpoint, write_checkpoint
 from ranksearch.data import Data, Split, to_input
 from ranksearch.decompositions import Prepared, Ranks
 from ranksearch.errors import BudgetError, ModelError
@@ -116,11 +115,11 @@ class Funnel:
             ModelError: the checkpoint is of another run, or cannot be read or written.
         """
         if checkpoint is not None and checkpoint.exists():
-            self.load_state_dict(_read(checkpoint))
+            self.load_state_dict(read_checkpoint(checkpoint))
         while self.steps < self.total:
             self.step()
             if checkpoint is not None and (self.steps % checkpoint_steps == 0 or self.steps == self.total):
-                _write(self.state_dict(), checkpoint)
+                write_checkpoint(self.state_dict(), checkpoint)
             if progress is not None:
                 progress(self.steps, self.total)
         return self.result()
@@ -227,25 +226,3 @@ class Funnel:
             self.threshold = threshold_for(self.network, sizes, self.spec.target)
         model, self.ranks = self.network.fold(self.network.alive(sizes, self.threshold))
         self._tune(model)
-
-
-def _write(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
-            torch.save(state, unfinished)
-            os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:
-        raise ModelError(
-            f"cannot write the checkpoint {path}: {error}. Check the folder and the space left."
-        ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its pickle holds
-        raise ModelError(f"cannot read the checkpoint {path}: {error}. Remove it to start afresh.") from error
-    return state

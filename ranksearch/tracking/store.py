@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.errors import TrackingError
+from ranksearch.secrecy import filled
 from ranksearch.space import TrackingSpec
 
 # Read when MLflow is imported and whenever it ends a run: else it prints links, and calls home.
@@ -44,14 +45,13 @@ def store_uri(spec: TrackingSpec, folder: Path) -> str:
     """The store's URI; raises :class:`TrackingError` where MLflow would fall back to files in the working directory."""
     if spec.uri is None:
         return f"sqlite:///{(folder / 'mlflow.db').resolve()}"
-    scheme, colon, rest = spec.uri.partition("://")
-    if spec.uri.startswith("databricks") or (
-        colon and rest.strip("/") and scheme.split("+")[0] in (*_DATABASES, *_SERVERS)
-    ):
-        return spec.uri
+    uri = str(filled(spec.uri))
+    scheme, colon, rest = uri.partition("://")
+    if uri.startswith("databricks") or (colon and rest.strip("/") and scheme.split("+")[0] in (*_DATABASES, *_SERVERS)):
+        return uri
     raise TrackingError(
         "tracking.uri must be a server (http://host:port) or a database (sqlite:////path/mlflow.db, postgresql://...), "
-        f"found {spec.uri!r}. Correct it, or leave it out for a SQLite file beside the studies."
+        f"found {shown(spec.uri)!r}. Correct it, or leave it out for a SQLite file beside the studies."
     )
 
 
@@ -59,6 +59,8 @@ def connect(uri: str, experiment: str, folder: Path) -> tuple[MlflowClient, str]
     """A client, and the id of the experiment, which is created if need be."""
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # It says that it starts and stops; what it cannot write is missed by nobody.
+    logging.getLogger("mlflow.system_metrics.system_metrics_monitor").setLevel(logging.CRITICAL)
     location = None
     if uri.startswith(_SERVERS):
         # MLflow's own patience is several minutes a request; the writer comes back later anyway.
@@ -89,6 +91,21 @@ def connect(uri: str, experiment: str, folder: Path) -> tuple[MlflowClient, str]
             "restore`) or name another as tracking.experiment."
         )
     return client, found.experiment_id
+
+
+def answers(uri: str) -> None:
+    """Raise :class:`TrackingError` where the store does not answer; a SQLite file need not exist yet."""
+    with explained(uri):
+        if uri.startswith(_SERVERS):
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+        elif not uri.startswith("sqlite"):
+            engine = sqlalchemy.create_engine(uri)
+            try:
+                engine.connect().close()
+            finally:
+                engine.dispose()
 
 
 def use_write_ahead_log(database: Path) -> Callable[[], None]:

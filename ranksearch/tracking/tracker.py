@@ -13,18 +13,19 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from ranksearch.errors import TrackingError
 from ranksearch.plots import front_html, front_png
-from ranksearch.space import TrackingSpec
+from ranksearch.space import BudgetSpec, TrackingSpec
 from ranksearch.tracking.store import connect, explained, is_rejection, shown, store_uri, use_write_ahead_log
 from ranksearch.tracking.writer import Writer
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 _CLOSED = ("FINISHED", "FAILED")
 _LONGEST_PARAM, _LONGEST_TAG, _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 6000, 5000, 100, 1000
 """MLflow's limits, in characters, parameters and metrics."""
+
+NOTE = "mlflow.note.content"
+"""The tag that MLflow shows as a run's description."""
 
 _logger = logging.getLogger("ranksearch")
 
@@ -77,6 +81,8 @@ class Tracker:
 
     def __init__(self, spec: TrackingSpec, *, folder: Path, pauses_s: Sequence[float] = (0.5, 2.0)) -> None:
         self.uri = store_uri(spec, folder)
+        self._monitor: Any = None
+        """Logs processors, memory and GPUs of this machine, every ten seconds."""
         self._parent = ""
         self._study = ""
         self._children: dict[int, str] = {}
@@ -108,6 +114,8 @@ class Tracker:
         tags: Mapping[str, str],
         documents: Mapping[str, Any],
         study_id: str | None = None,
+        inputs: Sequence[DatasetInput] = (),
+        view: tuple[str, str] | None = None,
     ) -> None:
         """Find the run of this study, or create it.
 
@@ -117,6 +125,8 @@ class Tracker:
             tags: of the run.
             documents: file name to text, or to JSON types: artifacts of the run.
             study_id: tells studies of the same name on one server apart; the name itself by default.
+            inputs: data sets of the run.
+            view: tag of the experiment and its value.
 
         Raises:
             TrackingError: the store cannot be read or written.
@@ -132,6 +142,8 @@ class Tracker:
             if parent is None:
                 parent = self._client.create_run(self._experiment, tags={**own, **_short(tags)}, run_name=study)
                 self._parent = parent.info.run_id
+                if inputs:
+                    self._client.log_inputs(self._parent, list(inputs))
             else:
                 self._parent = parent.info.run_id
                 self._client.update_run(self._parent, status="RUNNING")
@@ -142,6 +154,10 @@ class Tracker:
             fresh = {key: value for key, value in given.items() if key not in known}
             self._log(self._parent, params=fresh, tags={**tags, **changed})
             self._upload(documents)
+            if view is not None:
+                self._client.set_experiment_tag(self._experiment, *view)
+        self._end_monitor()
+        self._monitor = _monitor(self._parent, self.uri, resumed=bool(known))
 
     def sync(self, trials: Iterable[TrialRecord]) -> None:
         """Write the finished trials that have no complete run, and end the runs that a killed driver left open."""
@@ -177,6 +193,8 @@ class Tracker:
         trials: pd.DataFrame,
         dense: Mapping[str, float],
         files: Mapping[str, Path | str | bytes],
+        note: Callable[[str], str] = lambda run_id: "",
+        budget: BudgetSpec | None = None,
     ) -> None:
         """Write what is waiting, then the result, and end the run of the search.
 
@@ -187,18 +205,22 @@ class Tracker:
             trials: likewise; logged as CSV, and its ``on_front`` as tags of the trials' runs.
             dense: likewise.
             files: name of an artifact to the file, text or bytes it holds.
+            note: the run's description, given its id.
+            budget: drawn into the front's picture.
         """
+        self._end_monitor()
         self._writer.flush()
         at = _now_ms()
 
         def write(again: bool) -> None:
             with tempfile.TemporaryDirectory() as folder:
-                front_png(trials, front, Path(folder, "front.png"), dense=dense, title=self._study)
-                page = front_html(trials, front, dense=dense, title=self._study)
+                front_png(trials, front, Path(folder, "front.png"), dense=dense, title=self._study, budget=budget)
+                page = front_html(trials, front, dense=dense, title=self._study, budget=budget)
                 tables = {"front.csv": front.to_csv(index=False), "trials.csv": trials.to_csv(index=False)}
                 self._upload({**tables, "front.html": page, "front.png": Path(folder, "front.png"), **files})
             self._log_table(front)
-            self._log(self._parent, metrics=metrics, at_ms=at, step=len(trials))
+            told = {NOTE: text} if (text := note(self._parent)) else {}
+            self._log(self._parent, metrics=metrics, at_ms=at, step=len(trials), tags=told)
             self._client.set_terminated(self._parent, status)
 
         done = self._writer.now(write)
@@ -213,9 +235,15 @@ class Tracker:
         self._writer.flush()
 
     def close(self) -> None:
-        """Finish the queue and end the background thread."""
+        """Finish the queue and end the background threads."""
+        self._end_monitor()
         self._writer.close()
         self._release_database()
+
+    def _end_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
 
     def _release_database(self) -> None:
         if self._release is not None:
@@ -340,6 +368,13 @@ class Tracker:
 
     def _tag(self, run_id: str, key: str, value: str, _again: bool) -> None:
         self._client.set_tag(run_id, key, value)
+
+
+def _monitor(run_id: str, uri: str, *, resumed: bool) -> Any:
+    """MLflow's own monitor of this machine, running."""
+    monitor: Any = SystemMetricsMonitor(run_id, resume_logging=resumed, tracking_uri=uri)  # type: ignore[no-untyped-call]
+    monitor.start()
+    return monitor
 
 
 def _short(tags: Mapping[str, str]) -> dict[str, str]:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ranksearch.drawing import page, png
 from ranksearch.export import choose, rank_map_of
+from ranksearch.pictures import (
+    gates_picture,
+    hypervolume_picture,
+    importance_picture,
+    macs_picture,
+    ranks_picture,
+    sensitivity_picture,
+)
 from ranksearch.space import Space
 from ranksearch.strategies import DEFAULT_SAMPLERS
 from ranksearch.study import Study
 from ranksearch.table import DENSE, PriceTable
 from ranksearch.tracking.store import shown
-from ranksearch.tracking.tracker import Tracker, TrialRecord
+from ranksearch.tracking.story import about, about_trial, inputs, view_tag
+from ranksearch.tracking.tracker import NOTE, Tracker, TrialRecord
 from ranksearch.trial import Trial
 
 
@@ -37,6 +48,8 @@ class View:
     def __init__(self, study: Study, tracker: Tracker) -> None:
         self._study = study
         self._tracker = tracker
+        self._front: list[Trial] = []
+        """Of the trials seen so far."""
         space = study.space
         tracker.start(
             study=study.name,
@@ -54,7 +67,13 @@ class View:
                 "seed": space.seed,
                 "searched_layers": len(study.setting.table.layers),
             },
-            tags={f"version.{name}": version for name, version in study.setting.versions.items()},
+            tags={
+                **{f"version.{name}": version for name, version in study.setting.versions.items()},
+                "strategy": space.strategy.name,
+                NOTE: about(study),
+            },
+            inputs=inputs(study),
+            view=view_tag(study.name),
             documents={
                 "space.json": _shown(space),
                 "price_table.json": study.setting.table.to_json(),
@@ -63,12 +82,20 @@ class View:
         )
 
     def sync(self, trials: Iterable[Trial]) -> None:
-        """Write the ended trials that MLflow does not have yet."""
-        self._tracker.sync([self._record(trial) for trial in trials])
+        """Write the ended trials that MLflow does not have yet and that are to have a run."""
+        ended = sorted(trials, key=lambda trial: (trial.end_ms, trial.number))
+        self._tracker.sync([self._record(trial) for trial in ended if self._has_run(trial)])
 
     def trial(self, trial: Trial) -> None:
-        """Write an ended trial, in the background."""
-        self._tracker.trial(self._record(trial))
+        """Write an ended trial, in the background, if it is to have a run."""
+        if self._has_run(trial):
+            self._tracker.trial(self._record(trial))
+
+    def _has_run(self, trial: Trial) -> bool:
+        """Whether a trial is among the first, or on the front as it ends; those of the last front all once were."""
+        if trial.feasible:
+            self._front = self._study.front_trials(sorted([*self._front, trial], key=lambda one: one.number))
+        return trial.number < self._study.space.tracking.max_runs or trial in self._front
 
     def hypervolume(self, trials: int, value: float) -> None:
         """Write the hypervolume after so many trials, in the background."""
@@ -80,6 +107,7 @@ class View:
         front = study.front_trials(trials)
         files: dict[str, Path | str | bytes] = {}
         if front:
+            files |= _pictures(study, trials, front)
             files["rank_map.json"] = rank_map_of(study, choose(study, knee_point=True)).model_dump_json(indent=2)
         self._tracker.finish(
             status=status,
@@ -92,6 +120,8 @@ class View:
             trials=study.trials_frame(),
             dense=study.setting.dense,
             files=files,
+            note=partial(about, study),
+            budget=study.space.budget,
         )
 
     def _record(self, trial: Trial) -> TrialRecord:
@@ -112,6 +142,10 @@ class View:
             tags={
                 "state": trial.state,
                 "origin": trial.proposal.origin,
+                "strategy": study.space.strategy.name,
+                "fidelity": "funnel run" if trial.proposal.funnel else "full",
+                "on_front": str(trial in self._front).lower(),
+                NOTE: about_trial(study, trial),
                 "attempt": str(trial.attempt),
                 **({"reason": trial.reason} if trial.reason else {}),
             },
@@ -120,6 +154,27 @@ class View:
             start_ms=trial.start_ms,
             end_ms=trial.end_ms,
         )
+
+
+def _gated(trial: Trial) -> bool:
+    return trial.outcome is not None and any("alive" in entry for entry in trial.outcome.details.get("history", ()))
+
+
+def _pictures(study: Study, trials: list[Trial], front: list[Trial]) -> dict[str, bytes | str]:
+    """Pictures of the search, each as a PNG, and all on one page."""
+    drawn = {
+        "hypervolume": hypervolume_picture({study.name: study.course(trials)}),
+        "hypervolume_over_time": hypervolume_picture({study.name: study.course(trials)}, "time"),
+        "ranks": ranks_picture(study.setting, front),
+        "macs": macs_picture(study.setting, [choose(study, knee_point=True, trials=front)]),
+        "sensitivity": sensitivity_picture(study.setting.table),
+    }
+    if importance := study.importance(str(study.space.objectives[0])):
+        drawn["importance"] = importance_picture(importance, str(study.space.objectives[0]))
+    if runs := [t for t in front if _gated(t)]:
+        drawn["gates"] = gates_picture(runs[0])
+    files: dict[str, bytes | str] = {f"pictures/{name}.png": png(picture) for name, picture in drawn.items()}
+    return files | {"pictures.html": page(*drawn.values())}
 
 
 def _params(trial: Trial, table: PriceTable) -> dict[str, str]:

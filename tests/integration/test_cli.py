@@ -63,6 +63,14 @@ COMMANDS = [
     "schema",
     "decompose",
     "compare",
+    "submit",
+    "jobs",
+    "status",
+    "logs",
+    "stop",
+    "doctor",
+    "finetune",
+    "report",
 ]
 
 

@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ranksearch.decompositions import FORMATS, compressed_stages
 from ranksearch.deployment import TARGETS, deploy
 from ranksearch.deployment.target import Job
 from ranksearch.errors import ExportError
 from ranksearch.export import save_compressed
 from ranksearch.models import build_model
-from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
+from ranksearch.rankmap import RankMap
 from ranksearch.space import ModelSpec
-from ranksearch.surgery import apply_rank_map, count_macs, count_params, find_layers
+from ranksearch.surgery import apply_rank_map
+from tests.maps import rank_map_for
 from tests.networks import SmallNet, small_images
 
 SMALL = {
@@ -38,29 +38,6 @@ SMALL = {
     "tokens": ("svd", (3,)),
 }
 SUFFIXES = {name: target.suffix for name, target in TARGETS.items()}
-
-
-def rank_map_for(
-    name: str, model: nn.Module, shape: tuple[int, int, int], ranks: dict[str, tuple[str, tuple[int, ...]]], **more: Any
-) -> RankMap:
-    """A rank map with these formats and ranks."""
-    convs = {layer.name: layer.conv for layer in find_layers(model, shape)}
-    layers = {}
-    for layer, (form, chosen) in ranks.items():
-        stages = compressed_stages(FORMATS[form], convs[layer], chosen)
-        macs, params = sum(stage.macs for stage in stages), sum(stage.params for stage in stages)
-        layers[layer] = LayerRanks(format=form, ranks=chosen, conv=convs[layer].to_json(), macs=macs, params=params)
-    found = RankMap(
-        model=ModelRecord(name=name, input_shape=shape),
-        layers=layers,
-        macs=1,
-        params=1,
-        dense_macs=count_macs(model, shape),
-        dense_params=count_params(model),
-        **more,
-    )
-    compressed = apply_rank_map(found, model)
-    return found.model_copy(update={"macs": count_macs(compressed, shape), "params": count_params(compressed)})
 
 
 @pytest.fixture
@@ -109,7 +86,7 @@ def test_an_export_runs_by_itself(to: str, stored: tuple[Path, nn.Module], tmp_p
     file, network = stored
     target = tmp_path / "exports" / f"exported{SUFFIXES[to]}"
     target.parent.mkdir()
-    found = deploy(file, target, to=to, images="noise")
+    found = deploy(file, target, to=to, images="noise", trust=True)
     images = small_images(5)
     with torch.no_grad():
         torch.testing.assert_close(outputs_of(to, target, images), network(images), rtol=1e-5, atol=1e-5)
@@ -131,7 +108,7 @@ def test_an_export_runs_by_itself(to: str, stored: tuple[Path, nn.Module], tmp_p
 def test_safetensors_carry_the_map_and_the_very_weights(stored: tuple[Path, nn.Module], tmp_path: Path) -> None:
     file, _ = stored
     target = tmp_path / "again.safetensors"
-    found = deploy(file, target, to="safetensors", images="noise")
+    found = deploy(file, target, to="safetensors", images="noise", trust=True)
     assert target.read_bytes() == file.read_bytes()
     assert found.agreement.max_difference == 0.0
 
@@ -141,13 +118,13 @@ def test_a_map_without_weights_is_decomposed_first(tmp_path: Path) -> None:
     weights, bare = tmp_path / "dense.safetensors", tmp_path / "bare.json"
     save_file(dense.state_dict(), weights)
     rank_map_for("tests.networks:SmallNet", dense, SmallNet.shape, SMALL).save(bare)
-    found = deploy(bare, tmp_path / "fresh.pt2", to="pt2", images="noise", weights=weights)
+    found = deploy(bare, tmp_path / "fresh.pt2", to="pt2", images="noise", trust=True, weights=weights)
     assert found.rank_map.provenance["applied_afresh"] == "weight-only"
 
 
 def test_a_python_module_imports_torch_alone(stored: tuple[Path, nn.Module], tmp_path: Path) -> None:
     target = tmp_path / "network.py"
-    deploy(stored[0], target, to="python", images="noise")
+    deploy(stored[0], target, to="python", images="noise", trust=True)
     imported = set()
     for node in ast.walk(ast.parse(target.read_text())):
         if isinstance(node, ast.Import):
@@ -256,15 +233,16 @@ def test_a_bad_export_is_refused_and_leaves_nothing(network: str, to: str, messa
     file = tmp_path / "compressed.safetensors"
     save_compressed(apply_rank_map(rank_map, dense).state_dict(), rank_map, file)
     with pytest.raises(ExportError, match=message):
-        deploy(file, tmp_path / f"bad{SUFFIXES[to]}", to=to, images="noise")
+        deploy(file, tmp_path / f"bad{SUFFIXES[to]}", to=to, images="noise", trust=True)
     assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(
     ("to", "name", "message"),
     [
-        ("tflite", "net.tflite", "exported to one of safetensors, pt2, onnx, python"),
+        ("tflite", "net.tflite", "exported to one of safetensors, pt2, onnx, onnx-int8, python"),
         ("onnx", "net.pt2", r"must end in \.onnx"),
+        ("onnx-int8", "net.onnx", "calibrated on images"),
         ("python", "my-net.py", "the name of one"),
         ("pt2", "nowhere/net.pt2", "a folder that exists"),
     ],
@@ -274,7 +252,7 @@ def test_wrong_names_are_refused(
 ) -> None:
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ExportError, match=message):
-        deploy(stored[0], tmp_path / name, to=to, images="noise")
+        deploy(stored[0], tmp_path / name, to=to, images="noise", trust=True)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -302,6 +280,11 @@ def test_resnet20_agrees_on_all_real_images(real_data: Path, tmp_path: Path) -> 
     bare, aware = tmp_path / "bare.json", tmp_path / "aware.safetensors"
     rank_map_for("resnet20", dense, shape, ranks, provenance={"data": recorded}).save(bare)
     deploy(bare, aware, to="safetensors", weights=weights, data="recorded")
+    half = deploy(aware, tmp_path / "int8.onnx", to="onnx-int8").agreement
+    assert half.top1_agreement >= 0.95
+    assert half.accuracy == pytest.approx(half.accuracy_before, abs=0.005)
+    kernels = [one for one in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(one.dims) == 4]
+    assert {one.data_type for one in kernels} == {onnx.TensorProto.INT8}
     accuracies = set()
     for to in ("pt2", "onnx", "python"):
         found = deploy(aware, tmp_path / f"network{SUFFIXES[to]}", to=to).agreement

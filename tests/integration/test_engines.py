@@ -135,12 +135,17 @@ def started(*command: str) -> Iterator[subprocess.Popen[str]]:
 NODE = ("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextlib.contextmanager
 def ray_cluster(cpus: int) -> Iterator[str]:
     """Address of a Ray cluster of one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with started(*NODE, "--head", f"--port={port}", f"--num-cpus={cpus}", "--include-dashboard=false"):
         yield f"127.0.0.1:{port}"
 
@@ -166,7 +171,10 @@ def test_every_task_comes_back_once(
     engine(name, request, workers).run(factory, source)
     assert sorted(source.results) == list(range(50))
     assert source.results.pop(7) == Failure(reason="ValueError: a kernel holds NaN")
-    assert source.results.pop(20) == Failure(reason="MemoryError")
+    exhausted = source.results.pop(20)
+    assert isinstance(exhausted, Failure)
+    assert exhausted.reason in ("MemoryError", "MemoryError (also alone on its machine or GPU)")
+    assert not exhausted.interrupted
     for number, outcome in source.results.items():
         assert outcome == table_outcome(TABLE, source.tasks[number].choices)
     assert 1 <= factory.calls <= workers, "an evaluator is made once a worker, and kept over batches"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ranksearch import pictures
 from ranksearch.composition import composition
-from ranksearch.drawing import Cells, Guide, Picture, Series, figure, png
+from ranksearch.drawing import Cells, Guide, Picture, Series, figure, page, png
 from ranksearch.errors import StudyError
 from ranksearch.storage import Store
 from ranksearch.strategies import Terms, build_strategy
@@ -204,3 +204,12 @@ def test_names_cannot_inject_markup() -> None:
     line = Series(name="<b>", x=[0], y=[0], look="dots", colour="#123456")
     drawn = figure(Picture(title="<i>", x_title="x", y_title="y", series=(line,)))
     assert (drawn.layout.title.text, drawn.data[0].name) == ("&lt;i&gt;", "&lt;b&gt;")
+
+
+def test_a_page_of_several_pictures_needs_no_network_and_has_plotly_once() -> None:
+    line = Series(name="a", x=[0, 1], y=[0, 1], look="line", colour="#123456")
+    drawn = Picture(title="one", x_title="x", y_title="y", series=(line,))
+    text = page(drawn, drawn)
+    assert text.count("Plotly.newPlot(") == page(drawn).count("Plotly.newPlot(") + 1
+    assert len(text) < 1.1 * len(page(drawn))
+    assert "src=" not in text.split("</script>")[-2]

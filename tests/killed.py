@@ -1,0 +1,21 @@
+"""What a test kills: a fine-tuning in a process of its own, in a module that is quick to import there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ranksearch.finetuning import finetune
+from ranksearch.space import FineTuneSpec
+
+
+def fine_tune_in_child(rank_map: Path, output: Path, spec: FineTuneSpec, storage: Path, started: Path) -> None:
+    """Fine-tune; the file ``started`` is there from the first step on."""
+    torch.set_num_threads(1)
+
+    def notify(what: str, done: int, total: int) -> None:
+        if what.startswith("fine-tuning"):
+            started.touch()
+
+    finetune(rank_map, output, spec=spec, ema_decay=0.99, storage=storage, notify=notify)
