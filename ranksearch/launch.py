@@ -14,7 +14,7 @@ from ranksearch.config import literal_passwords, load_space
 from ranksearch.driver import Driver, Watch, finished, history, task_of
 from ranksearch.engine import Factory, build_engine, build_map
 from ranksearch.engine.resources import check
-from ranksearch.errors import Problem, SpaceError, StudyError
+from ranksearch.errors import Problem, SpaceError, StudyError, TakenOver
 from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
 from ranksearch.preparation import Network, Notify, factorise, located, make_bench, read_network, settle, silent
@@ -270,7 +270,7 @@ def drive(
 
         view = View(study, tracker)
     driver = Driver(study, _strategy(study.space, choices), view=view, watch=watch)
-    status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+    status: Literal["FINISHED", "KILLED", "FAILED"] | None = "FAILED"
     try:
         if factory is not None:
             notify("starting the workers", 0, 1)
@@ -279,10 +279,14 @@ def drive(
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except TakenOver:
+        status = None  # all that is left to end is the other driver's
+        raise
     finally:
-        driver.stop()
-        if view is not None:
-            view.finish(status)
+        if status is not None:
+            driver.stop()
+            if view is not None:
+                view.finish(status)
 
 
 def _tracking(space: Space, folder: Path) -> AbstractContextManager[Tracker | None]:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ranksearch.errors import StudyError
+from ranksearch.errors import TakenOver
 
 FILE = "driver.lock"
 _LONGEST_NAME = 63
@@ -77,11 +77,11 @@ class DatabaseLock:
         finally:
             self._drop()
 
-    def renew(self) -> None:
-        """Take the lock again where the session was lost.
+    def renew(self) -> bool:
+        """Take the lock again where the session was lost; whether it was, so that others may have had it meanwhile.
 
         Raises:
-            StudyError: another driver has taken it since.
+            TakenOver: another driver has it.
         """
         from sqlalchemy import text
         from sqlalchemy.exc import SQLAlchemyError
@@ -89,13 +89,14 @@ class DatabaseLock:
         if self._connection is not None:
             try:
                 self._connection.execute(text("SELECT 1"))
-                return
+                return False
             except SQLAlchemyError:
                 self._drop()
         try:
             self._take()
+            return True
         except BlockingIOError as error:
-            raise StudyError(
+            raise TakenOver(
                 "a study must have one driver at a time: while the database was away, it was taken over by "
                 f"process {error}. Leave it to that one, or stop that one and resume."
             ) from error

@@ -36,14 +36,12 @@ class Patience:
         act: Callable[[bool], T],
         *,
         lost: Callable[[], None] = lambda: None,
-        renew: Callable[[], None] = lambda: None,
     ) -> T:
         """What ``act`` returns.
 
         Args:
             act: told whether it was tried before, and so may be half done.
             lost: called once, as soon as the storage is away.
-            renew: called before every further try.
 
         Raises:
             Exception: the last error, when the patience is used up; any other at once.
@@ -51,8 +49,6 @@ class Patience:
         began, pause_s, again = time.monotonic(), _FIRST_PAUSE_S, False
         while True:
             try:
-                if again:
-                    renew()
                 result = act(again)
             except Exception as error:
                 if not self._away(error):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ranksearch import pictures
 from ranksearch.drawing import figure
-from ranksearch.errors import StudyError
+from ranksearch.errors import StudyError, TakenOver
 from ranksearch.front import dominates, hypervolume, non_dominated
 from ranksearch.lock import DatabaseLock, lock_folder
 from ranksearch.patience import Patience
@@ -58,6 +59,8 @@ logging.getLogger("optuna").setLevel(logging.WARNING)
 T = TypeVar("T")
 
 INTERRUPTED = "interrupted: the driver ended before the trial did"
+_DRIVER = "driver"
+"""Attribute of a study that tells the drivers apart which had it one after the other."""
 
 
 class Study:
@@ -83,8 +86,14 @@ class Study:
         self._storage = storage
         self._study_id = study_id
         self._ids: dict[int, int] = {}
-        self._lasting = patience or Patience(name, seconds=0.0, away=lambda error: False)
+        self._lasting = Patience(name, seconds=0.0, away=lambda error: False)
+        """What waits for the storage: a driver does, whoever only reads is told at once."""
+        self._patience = patience or self._lasting
         self._lock = lock
+        self._driver = ""
+        """What this driver wrote when it took the lock."""
+        self._doubtful = False
+        """Whether the lock was lost for a while, and nobody has looked yet if another driver had it then."""
         self._spool = Spool(folder / "spool.jsonl", uid)
         self._written = json.dumps(setting.to_json())
 
@@ -117,13 +126,41 @@ class Study:
                     f"a study must have one driver at a time, {self.name} is driven by process {error}. "
                     "Wait for it, or stop it."
                 ) from error
-            yield
+            reading, self._lasting = self._lasting, self._patience
+            try:
+                if self._lock is not None:
+                    self._driver = uuid.uuid4().hex
+                    self._lasting(lambda _: self._storage.set_study_user_attr(self._study_id, _DRIVER, self._driver))
+                yield
+            finally:
+                self._lasting = reading
 
     # Writing: the driver only.
 
     def _write(self, act: Callable[[bool], T], lost: Callable[[], None] = lambda: None) -> T:
         """Write to the storage, or wait for it; see :class:`~ranksearch.patience.Patience`."""
-        return self._lasting(act, lost=lost, renew=self._lock.renew if self._lock is not None else lambda: None)
+
+        def checked(again: bool) -> T:
+            self._check_lock()
+            return act(again)
+
+        return self._lasting(checked, lost=lost)
+
+    def _check_lock(self) -> None:
+        """Whoever lost the right to write, even unnoticed, writes nothing more.
+
+        Raises:
+            TakenOver: another driver has the study, or had it since.
+        """
+        if self._lock is None:
+            return
+        self._doubtful = self._lock.renew() or self._doubtful
+        if self._doubtful and self._storage.get_study_user_attrs(self._study_id).get(_DRIVER) != self._driver:
+            raise TakenOver(
+                f"a study must have one driver at a time: while the database was away, {self.name} was taken over by "
+                "one that has ended since. Resume."
+            )
+        self._doubtful = False
 
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
@@ -134,8 +171,6 @@ class Study:
         template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
 
         def create(again: bool) -> tuple[int, int]:
-            if self._lock is not None:
-                self._lock.renew()  # whoever lost it unnoticed begins nothing more
             # The connection may have been lost after the trial was made.
             made = self._made(index, attempt) if again else None
             trial_id = made if made is not None else self._storage.create_new_trial(self._study_id, template)
@@ -217,6 +252,7 @@ class Study:
         Those whose outcome was recorded, or is in the spool, are complete; the others fail for ``reason``, and are to
         be tried once more.
         """
+        self._write(lambda _: None)  # the spool is not another driver's
         spooled = self._spool.read()
         ended = []
         for trial in self.trials():

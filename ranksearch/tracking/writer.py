@@ -21,8 +21,9 @@ class Writer:
     """Jobs handed over are done by one thread, in order; nothing that a job raises reaches the caller.
 
     A job that fails is tried again after each of ``pauses_s``, then kept until another one succeeds, or ``flush``; the
-    failure is logged once. The caller waits only where ``capacity`` jobs are waiting. A job that raises an error that
-    ``rejected`` recognises can never succeed: it is logged and dropped.
+    failure is logged once. The caller waits only where ``capacity`` jobs are waiting, never for a store that is away: as
+    many failed jobs are kept at most, and further ones left out. A job that raises an error that ``rejected``
+    recognises can never succeed: it is logged and dropped.
     """
 
     def __init__(
@@ -37,7 +38,10 @@ class Writer:
         self._pauses_s = tuple(pauses_s)
         self._rejected = rejected
         self._jobs: Queue[Job | None] = Queue(maxsize=capacity)
+        self._capacity = capacity
         self._kept: list[Job] = []
+        self._left_out = 0
+        """How many jobs failed when as many as there is room for were kept already."""
         self._down_until = 0.0
         self._warned = False
         self._thread = Thread(target=self._run, name=f"{what} writer", daemon=True)
@@ -48,11 +52,11 @@ class Writer:
         self._jobs.put(job)
 
     def flush(self) -> int:
-        """Wait for the queue, try once more what failed, and return how many jobs are still not done."""
+        """Wait for the queue, try once more what failed, and return how many jobs are not done, left out or kept."""
         self._jobs.join()
         self._down_until = 0.0
         self._do_kept()
-        return len(self._kept)
+        return len(self._kept) + self._left_out
 
     def now(self, job: Job) -> bool:
         """Do a job on the caller's thread, after the queue; whether it succeeded. It is not kept if it fails."""
@@ -74,8 +78,10 @@ class Writer:
 
     def _do(self, job: Job, *, again: bool) -> bool:
         done = self._attempt(job, again=again)
-        if not done:
+        if not done and len(self._kept) < self._capacity:
             self._kept.append(job)
+        elif not done:
+            self._left_out += 1
         return done
 
     def _do_kept(self) -> None:

@@ -12,15 +12,23 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
-from ranksearch.errors import StudyError
+from ranksearch.driver import STOPPED
+from ranksearch.engine import Evaluate
+from ranksearch.errors import StudyError, TakenOver
+from ranksearch.launch import drive
+from ranksearch.lock import FILE
+from ranksearch.storage import Store
+from ranksearch.study import Study
+from ranksearch.trial import Outcome, Proposal, Task
 from tests.driving import NAME, Plan, check_mlflow, check_study
 from tests.services import MlflowServer, Postgres, postgres
-from tests.studies import setting_of
+from tests.studies import TABLE, setting_of
+from tests.tables import table_outcome
 
 pytestmark = [
     pytest.mark.xdist_group("postgres"),
@@ -200,8 +208,82 @@ def test_a_driver_whose_study_was_taken_over_while_the_database_was_away_stops(
     finally:
         driver.kill()
         driver.wait()
-    assert f"taken over by process {other.pid} on" in first.log
+    assert "taken over by" in first.log
     check_study(second.study(), 12)
+    assert STOPPED not in {trial.reason for trial in second.study().trials()}, "the first ended nothing of the second"
+
+
+def cut_off(database: Postgres, study: Study) -> None:
+    """What a network that is cut for a while does to a driver: server and file server give its locks to others."""
+    import psycopg
+
+    with psycopg.connect(database.url(), autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+    (study.folder / FILE).unlink(missing_ok=True)
+
+
+def test_an_ousted_driver_touches_nothing_of_its_successor(
+    database: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its trial, nor its weights, nor its run of MLflow; both have one folder, as on a file server."""
+    from mlflow import MlflowClient
+
+    from ranksearch.tracking import connected
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    space = plan(tmp_path, database.url("ousted"), trials=4, uri=uri).space
+    first = Store(database.url("ousted")).create(NAME, setting_of(space))
+    successor = Store(database.url("ousted")).open(NAME)
+    weights = successor.weights_folder / "0.safetensors"
+    proposal = Proposal(choices=TABLE.dense, origin="test")
+    with ExitStack() as stack:
+
+        def evaluator() -> Evaluate:
+            return evaluate
+
+        def evaluate(task: Task) -> Outcome:
+            cut_off(database, first)
+            stack.enter_context(successor.driving())
+            successor.recover()
+            successor.begin(proposal, index=1)
+            weights.touch()
+            return table_outcome(TABLE, task.choices)
+
+        tracker = stack.enter_context(connected(space, tmp_path))
+        with pytest.raises(TakenOver, match=f"taken over by process {os.getpid()} on"), first.driving():
+            drive(first, evaluator, [], tracker, lambda *_: None, None)
+        with pytest.raises(TakenOver):
+            first.recover()
+        assert [trial.state for trial in successor.trials()] == ["FAIL", "RUNNING"]
+        assert weights.exists()
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(space.tracking.experiment)
+    assert experiment is not None
+    assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"RUNNING"}
+
+
+def test_a_driver_that_lost_its_lock_goes_on_unless_another_one_had_it_meanwhile(
+    database: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    space = plan(tmp_path, database.url("lost"), trials=4).space
+    study = Store(database.url("lost")).create(NAME, setting_of(space))
+    proposal = Proposal(choices=TABLE.dense, origin="test")
+    with study.driving():
+        trial = study.begin(proposal, index=0)
+        cut_off(database, study)
+        study.finish(trial, table_outcome(TABLE, TABLE.dense))
+        trial = study.begin(proposal, index=1)
+        cut_off(database, study)
+        with Store(database.url("lost")).open(NAME).driving():
+            pass
+        for _ in range(2):
+            with pytest.raises(TakenOver, match="one that has ended since"):
+                study.finish(trial, table_outcome(TABLE, TABLE.dense))
+            with pytest.raises(TakenOver):
+                study.begin(proposal, index=2)
+    assert [trial.state for trial in study.trials()] == ["COMPLETE", "RUNNING"]
 
 
 @pytest.fixture
