@@ -6,6 +6,7 @@ do from where the network is prepared: the study, its lock, MLflow, the driver a
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.engine import Evaluate
+from ranksearch.engine.limit import GRACE_S
 from ranksearch.launch import drive
 from ranksearch.space import Space
 from ranksearch.storage import Store
@@ -45,7 +47,8 @@ class Plan:
     seconds: float = 0.0
     """How long a trial takes."""
     accidents: Mapping[str, str] = field(default_factory=dict)
-    """Number of a proposal to what happens in it: ``nan``, ``inf``, ``exhaust``, ``hang``, ``deaf``, ``die``."""
+    """Number of a proposal to what happens in it: ``nan``, ``inf``, ``exhaust``, ``hang``, ``deaf``, ``die``,
+    ``late``."""
     patience_s: float = 600.0
 
     @property
@@ -133,6 +136,11 @@ class Accidents:
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
                 time.sleep(3600)
             case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "late":  # by somebody else, when it should have ended itself
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+                faulthandler.cancel_dump_traceback_later()
+                time.sleep(60 * (self.plan.space.resources.trial_minutes or 0.0) + GRACE_S + 1)
                 os.kill(os.getpid(), signal.SIGKILL)
         return outcome
 

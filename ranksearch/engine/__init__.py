@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 from ranksearch.engine.limit import Overdue, limited
@@ -93,7 +94,9 @@ def overdue(limit_s: float) -> Failure:
     return Failure(reason=f"it took longer than resources.trial_minutes={limit_s / 60:g}")
 
 
-def attempt(evaluate: Evaluate, task: Task, *, limit_s: float | None = None, deadly: bool = False) -> Outcome | Failure:
+def attempt(
+    evaluate: Evaluate, task: Task, *, limit_s: float | None = None, deadly: Path | None = None
+) -> Outcome | Failure:
     """What came of one task; an error of its computation, out of memory included, is a failure with its reason.
 
     An error of the system (a full disk, a file server that is away) says nothing about the task: it counts as an
@@ -103,7 +106,7 @@ def attempt(evaluate: Evaluate, task: Task, *, limit_s: float | None = None, dea
         evaluate: scores the task.
         task: what to score.
         limit_s: how long it may take.
-        deadly: whether a task that cannot be interrupted then takes the process along.
+        deadly: a task that cannot be interrupted then takes the process along, and this file tells of it.
     """
     try:
         with limited(limit_s, deadly=deadly):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 
 GRACE_S = 10.0
@@ -20,15 +20,15 @@ class Overdue(BaseException):
 
 
 @contextmanager
-def limited(seconds: float | None, *, deadly: bool = False) -> Iterator[None]:
+def limited(seconds: float | None, *, deadly: Path | None = None) -> Iterator[None]:
     """Raise :class:`Overdue` in the block after so many seconds; None never does.
 
     Python code is interrupted between two steps, a wait or a sleep at once. Other threads than the main one cannot be.
 
     Args:
         seconds: the limit.
-        deadly: whether to end the process where it has not left the block ``GRACE_S`` after the limit, as where one
-            call into a library never returns.
+        deadly: the process is ended where it has not left the block ``GRACE_S`` after the limit, as where one call
+            into a library never returns; just before, it leaves its last steps in this file, which is empty till then.
     """
     if seconds is None:
         yield
@@ -36,10 +36,10 @@ def limited(seconds: float | None, *, deadly: bool = False) -> Iterator[None]:
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGALRM, _raise) if here else None
     timer, began = signal.getitimer(signal.ITIMER_REAL), time.monotonic()
-    with open(os.devnull, "w") as silence:
+    with nullcontext() if deadly is None else deadly.open("w") as mark:
         try:
-            if deadly:
-                faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=silence)
+            if mark is not None:
+                faulthandler.dump_traceback_later(seconds + GRACE_S, exit=True, file=mark)
             try:
                 if here:
                     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -48,7 +48,7 @@ def limited(seconds: float | None, *, deadly: bool = False) -> Iterator[None]:
                 if here:
                     signal.setitimer(signal.ITIMER_REAL, 0)
         finally:
-            if deadly:
+            if mark is not None:
                 faulthandler.cancel_dump_traceback_later()
             if here:
                 signal.signal(signal.SIGALRM, before)

@@ -18,11 +18,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ranksearch.engine import Evaluate, Factory, Source, attempt, limit_s, memory, overdue, reason
 from ranksearch.engine.cluster import carried, cluster, nodes, quiet
@@ -41,6 +44,8 @@ _IDLE_SECONDS = 5.0
 """How often a worker without tasks shows that it is alive."""
 _NODES_SECONDS = 2.0
 """How often the machines of the cluster are counted."""
+_ASKING_SECONDS = 60.0
+"""How long a machine may take to say why its worker ended."""
 _FRUITLESS_WORKERS = 3
 """How many workers in a row may die before their first result."""
 
@@ -154,6 +159,8 @@ class _Worker(tune.Trainable):
         self._name: str = config["worker"]
         self._mailbox = mailbox
         self._limit_s = limit_s
+        self._mark: Path | None = None
+        """File that tells that this worker ended itself, since its task did not heed the time limit."""
         self._share: float = config["gpu_share"]
         self._queue: list[Task] = []
         self._alone = False
@@ -165,6 +172,10 @@ class _Worker(tune.Trainable):
         try:
             memory.limit(self._share)
             self._evaluate = factory() if factory else None
+            if limit_s is not None:
+                handle, name = tempfile.mkstemp(prefix="ranksearch-overran-")
+                os.close(handle)
+                self._mark = Path(name)
         except Exception as error:
             self._broken = reason(error)
 
@@ -174,7 +185,8 @@ class _Worker(tune.Trainable):
             return {"results": [], "broken": self._broken, "done": True}
         if not self._ready:
             self._ready = True
-            return {"results": [], "place": memory.place(), "done": False}
+            mark = None if self._mark is None else str(self._mark)
+            return {"results": [], "place": memory.place(), "mark": mark, "done": False}
         if not self._queue:
             memory.release(self._share)
             letter: _Letter | None = ray.get(self._mailbox.take.remote(self._name))
@@ -186,8 +198,13 @@ class _Worker(tune.Trainable):
         while self._queue and time.monotonic() - start < _REPORT_SECONDS:
             task = self._queue.pop(0)
             with memory.whole(self._share) if self._alone else nullcontext():
-                results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=True)))
+                results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=self._mark)))
         return {"results": results, "seconds": time.monotonic() - start, "done": False}
+
+    def cleanup(self) -> None:
+        """Leave no file behind."""
+        if self._mark is not None:
+            self._mark.unlink(missing_ok=True)
 
 
 class _Dispatcher(Searcher):
@@ -210,6 +227,8 @@ class _Dispatcher(Searcher):
         """Workers that have had a result."""
         self._heard: dict[str, float] = {}
         """When a worker was last sent tasks or heard of, seconds."""
+        self._marks: dict[str, str] = {}
+        """Worker to the file on its machine that tells that it ended itself."""
         self._fruitless = 0
         """How many workers in a row died before they had a result."""
         self._ready: list[Task] = []
@@ -245,6 +264,8 @@ class _Dispatcher(Searcher):
         self._heard[trial_id] = time.monotonic()
         if "place" in result:
             self._places[trial_id] = result["place"]
+        if result.get("mark"):
+            self._marks[trial_id] = result["mark"]
         self._record(trial_id, result)
         self._feed()
 
@@ -267,9 +288,16 @@ class _Dispatcher(Searcher):
         self._feed()
 
     def _overran(self, worker: str) -> bool:
-        """Whether a worker that died was silent for so long that it must have ended itself at the time limit."""
+        """Whether a worker that died ended itself at the time limit: a machine that is lost is silent for long too."""
         silent = time.monotonic() - self._heard.get(worker, math.inf)
-        return self._limit_s is not None and silent >= self._limit_s + GRACE_S
+        if self._limit_s is None or silent < self._limit_s + GRACE_S or worker not in self._marks:
+            return False
+        machine = NodeAffinitySchedulingStrategy(self._places[worker].partition("/")[0], soft=False)
+        asked: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=machine)(_is_marked)
+        try:
+            return bool(ray.get(asked.remote(self._marks[worker]), timeout=_ASKING_SECONDS))
+        except RayError:  # the machine is gone
+            return False
 
     def died(self, worker: str, cause: str) -> None:
         """Hear why a worker died, after ``on_trial_complete``; end the search where no worker gets anywhere.
@@ -400,6 +428,17 @@ class _Dispatcher(Searcher):
             self._source.done(task, result)
         except Exception as error:
             raise _Stopped(error) from error
+
+
+def _is_marked(name: str) -> bool:
+    """Whether a worker of this machine that is gone left its mark, which is removed."""
+    mark = Path(name)
+    try:
+        return mark.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 class _NoneLeft(tune.Stopper):

@@ -21,8 +21,8 @@ class Writer:
     """Jobs handed over are done by one thread, in order; nothing that a job raises reaches the caller.
 
     A job that fails is tried again after each of ``pauses_s``, then kept until another one succeeds, or ``flush``; the
-    failure is logged once. The caller waits only where ``capacity`` jobs are waiting, never for a store that is away: as
-    many failed jobs are kept at most, and further ones left out. A job that raises an error that ``rejected``
+    failure is logged once. The caller waits only where ``capacity`` jobs are waiting, never for a store that is away:
+    as many failed jobs are kept at most, and further ones left out. A job that raises an error that ``rejected``
     recognises can never succeed: it is logged and dropped.
     """
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,7 +43,7 @@ def uri(folder: Path) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def test_a_limit_interrupts_and_leaves_everything_as_it_was() -> None:
+def test_a_limit_interrupts_and_leaves_everything_as_it_was(tmp_path: Path) -> None:
     before, began = signal.getsignal(signal.SIGALRM), time.monotonic()
     timer = signal.setitimer(signal.ITIMER_REAL, 500)
     with pytest.raises(Overdue), limited(0.05):
@@ -51,10 +53,25 @@ def test_a_limit_interrupts_and_leaves_everything_as_it_was() -> None:
         pass
     time.sleep(0.1)
     assert signal.getsignal(signal.SIGALRM) is before
-    with pytest.raises(KeyError), limited(10, deadly=True):
+    with pytest.raises(KeyError), limited(10, deadly=tmp_path / "mark"):
         raise KeyError
+    assert (tmp_path / "mark").read_text() == ""
     assert 100 < signal.getitimer(signal.ITIMER_REAL)[0] < 500, "another's timer goes on"
     signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def test_a_process_that_ends_itself_says_so(tmp_path: Path) -> None:
+    program = f"""
+import pathlib, signal, time
+from ranksearch.engine import limit
+limit.GRACE_S = 0.1
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGALRM}})
+with limit.limited(0.1, deadly=pathlib.Path({str(tmp_path / "mark")!r})):
+    time.sleep(60)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=False, timeout=50)
+    assert ended.returncode == 1
+    assert "Timeout" in (tmp_path / "mark").read_text()
 
 
 def test_a_trial_that_takes_too_long_fails_and_is_not_tried_again() -> None:
@@ -165,13 +182,17 @@ def machine(cluster: Any) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_a_worker_killed_by_its_trial_and_one_that_hears_nothing(cluster: Any, machine: Any, tmp_path: Path) -> None:
-    """A trial that kills its worker is tried once more, and kills again; one that never returns is ended."""
-    accidents = {"4": "die", "6": "deaf", "8": "hang", "9": "exhaust", "10": "nan"}
+    """A trial that kills its worker is tried once more, and kills again; one that never returns is ended.
+
+    That a worker died when it had long been silent does not say that its trial took too long.
+    """
+    accidents = {"2": "late", "4": "die", "6": "deaf", "8": "hang", "9": "exhaust", "10": "nan"}
     search = plan(tmp_path, trials=24, address=cluster.address, minutes=0.05, seconds=0.1, accidents=accidents)
     search.finish(400)
     trials = check_study(search.study(), 24)
     reasons = {trial.index: str(trial.reason) for trial in trials if trial.state == "FAIL"}
-    assert sorted(reasons) == [4, 6, 8, 9, 10]
+    assert sorted(reasons) == [2, 4, 6, 8, 9, 10]
+    assert "its worker died" in reasons[2]
     assert "its worker died" in reasons[4]
     assert "resources.trial_minutes" in reasons[8]
     assert "resources.trial_minutes" in reasons[6]

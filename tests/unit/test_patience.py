@@ -118,6 +118,21 @@ def test_what_a_locked_database_could_not_take_is_recorded_later(tmp_path: Path)
     assert not list(study.folder.glob("spool*"))
 
 
+def test_only_a_driver_waits_for_its_storage(tmp_path: Path) -> None:
+    study = Store(tmp_path, patience_s=1.0).create("one", setting_of(space_of()))
+    journal = study.folder / "journal.log"
+    journal.unlink()
+    journal.mkdir()  # which is read with an error of the system
+    began = time.monotonic()
+    with pytest.raises(IsADirectoryError):
+        study.trials()
+    assert time.monotonic() - began < 1
+    began = time.monotonic()
+    with study.driving(), pytest.raises(IsADirectoryError):
+        study.trials()
+    assert time.monotonic() - began >= 1
+
+
 def test_the_spool_gives_back_what_was_put_in(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.jsonl", "mine")
     assert spool.read() == {}
