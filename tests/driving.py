@@ -112,6 +112,8 @@ class Accidents:
     plan: Plan
 
     def __call__(self) -> Evaluate:
+        if "exhaust" in self.plan.accidents.values():
+            import torch  # noqa: F401  (here, since the seconds that it takes would count as the trial's)
         return self._evaluate
 
     def _evaluate(self, task: Task) -> Outcome:
@@ -138,7 +140,7 @@ class Accidents:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "late":  # by somebody else, when it should have ended itself
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 faulthandler.cancel_dump_traceback_later()
                 time.sleep(60 * (self.plan.space.resources.trial_minutes or 0.0) + GRACE_S + 1)
                 os.kill(os.getpid(), signal.SIGKILL)

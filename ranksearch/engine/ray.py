@@ -159,7 +159,7 @@ class _Worker(tune.Trainable):
         self._name: str = config["worker"]
         self._mailbox = mailbox
         self._limit_s = limit_s
-        self._mark: Path | None = None
+        self._mark = Path(self.logdir, "overran")  # in Ray's own folder on this machine
         """File that tells that this worker ended itself, since its task did not heed the time limit."""
         self._share: float = config["gpu_share"]
         self._queue: list[Task] = []
@@ -172,10 +172,6 @@ class _Worker(tune.Trainable):
         try:
             memory.limit(self._share)
             self._evaluate = factory() if factory else None
-            if limit_s is not None:
-                handle, name = tempfile.mkstemp(prefix="ranksearch-overran-")
-                os.close(handle)
-                self._mark = Path(name)
         except Exception as error:
             self._broken = reason(error)
 
@@ -185,8 +181,7 @@ class _Worker(tune.Trainable):
             return {"results": [], "broken": self._broken, "done": True}
         if not self._ready:
             self._ready = True
-            mark = None if self._mark is None else str(self._mark)
-            return {"results": [], "place": memory.place(), "mark": mark, "done": False}
+            return {"results": [], "place": memory.place(), "mark": str(self._mark), "done": False}
         if not self._queue:
             memory.release(self._share)
             letter: _Letter | None = ray.get(self._mailbox.take.remote(self._name))
@@ -200,11 +195,6 @@ class _Worker(tune.Trainable):
             with memory.whole(self._share) if self._alone else nullcontext():
                 results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=self._mark)))
         return {"results": results, "seconds": time.monotonic() - start, "done": False}
-
-    def cleanup(self) -> None:
-        """Leave no file behind."""
-        if self._mark is not None:
-            self._mark.unlink(missing_ok=True)
 
 
 class _Dispatcher(Searcher):
@@ -264,7 +254,6 @@ class _Dispatcher(Searcher):
         self._heard[trial_id] = time.monotonic()
         if "place" in result:
             self._places[trial_id] = result["place"]
-        if result.get("mark"):
             self._marks[trial_id] = result["mark"]
         self._record(trial_id, result)
         self._feed()
@@ -293,9 +282,10 @@ class _Dispatcher(Searcher):
         if self._limit_s is None or silent < self._limit_s + GRACE_S or worker not in self._marks:
             return False
         machine = NodeAffinitySchedulingStrategy(self._places[worker].partition("/")[0], soft=False)
-        asked: Any = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=machine)(_is_marked)
+        asked: Any = ray.remote(num_cpus=0, max_retries=0)(_is_marked)
         try:
-            return bool(ray.get(asked.remote(self._marks[worker]), timeout=_ASKING_SECONDS))
+            told = asked.options(scheduling_strategy=machine).remote(self._marks[worker])
+            return bool(ray.get(told, timeout=_ASKING_SECONDS))
         except RayError:  # the machine is gone
             return False
 
@@ -431,14 +421,9 @@ class _Dispatcher(Searcher):
 
 
 def _is_marked(name: str) -> bool:
-    """Whether a worker of this machine that is gone left its mark, which is removed."""
+    """Whether a worker of this machine that is gone left its mark."""
     mark = Path(name)
-    try:
-        return mark.stat().st_size > 0
-    except FileNotFoundError:
-        return False
-    finally:
-        mark.unlink(missing_ok=True)
+    return mark.exists() and mark.stat().st_size > 0
 
 
 class _NoneLeft(tune.Stopper):
