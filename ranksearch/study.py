@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import SQLAlchemyError
 
 from ranksearch import pictures
 from ranksearch.drawing import figure
@@ -154,7 +156,10 @@ class Study:
         """
         if self._lock is None:
             return
-        self._doubtful = self._lock.renew() or self._doubtful
+        try:
+            self._doubtful = self._lock.renew() or self._doubtful
+        except SQLAlchemyError as error:
+            raise StorageInternalError(str(error)) from error  # told as the storage's own troubles are
         if self._doubtful and self._storage.get_study_user_attrs(self._study_id).get(_DRIVER) != self._driver:
             raise TakenOver(
                 f"a study must have one driver at a time: while the database was away, {self.name} was taken over by "
