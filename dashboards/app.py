@@ -16,6 +16,7 @@ from dashboards.figures import described, front_of, plain
 from ranksearch import pictures
 from ranksearch.drawing import Picture
 from ranksearch.errors import RanksearchError
+from ranksearch.trial import Trial
 
 _PICTURE_OF = {
     "hypervolume": "Share of the objectives' box that the front dominates, by trials that ended",
@@ -23,7 +24,7 @@ _PICTURE_OF = {
     "ranks": "Ranks of every layer along the front",
     "macs": "MACs by layer of the dense network and the chosen points",
     "sensitivity": "What compressing one layer alone loses",
-    "importance": "Which layers decide about the accuracy",
+    "importance": "Which layers decide about the first objective",
     "gates": "Open gates of a funnel run over its steps",
 }
 
@@ -84,16 +85,16 @@ def _follow(app: Dash, feeds: Mapping[str, Feed]) -> None:
 
 
 def _others(shown: Snapshot, feeds: Mapping[str, Feed]) -> list[Snapshot]:
-    """The other studies of the same network, whose fronts can be drawn on the same axes."""
-    dense = shown.study.setting.dense["macs"], shown.study.setting.model.name
+    """The other studies of the same network and data, whose fronts can be drawn on the same axes."""
     found = [feed.snapshot for feed in feeds.values() if feed.snapshot.study.name != shown.study.name]
-    return [one for one in found if (one.study.setting.dense["macs"], one.study.setting.model.name) == dense]
+    return [one for one in found if shown.study.setting.comparable(one.study.setting)]
 
 
 def _choose(app: Dash, feeds: Mapping[str, Feed]) -> None:
     @app.callback(
         Output("chosen", "data"),
         Output("pick-answer", "children"),
+        Output("front", "clickData"),
         Input("pick", "n_clicks"),
         Input("front", "clickData"),
         Input({"type": "choose", "slot": ALL, "trial": ALL}, "n_clicks"),
@@ -113,13 +114,13 @@ def _choose(app: Dash, feeds: Mapping[str, Feed]) -> None:
         amount: float | None,
         slot: str,
         chosen: dict[str, dict[str, int]],
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, Any, None]:
         cause = ctx.triggered_id
         if cause == "pick":
             try:
                 number = _picked(feeds[name].snapshot, rule, amount)
             except (RanksearchError, ValueError) as error:
-                return no_update, str(error)
+                return no_update, str(error), None
         elif cause == "front":
             number = _key_of(clicked)
         else:
@@ -131,7 +132,8 @@ def _choose(app: Dash, feeds: Mapping[str, Feed]) -> None:
         if trial is None or trial.outcome is None:
             raise PreventUpdate
         changed = {**chosen, name: {**chosen.get(name, {}), slot: number}}
-        return changed, f"Point {slot} is trial {number}."
+        # The click is forgotten, as only one that differs from the last is heard: the same point may be meant again.
+        return changed, f"Point {slot} is trial {number}.", None
 
     @app.callback(
         Output("details", "children"),
@@ -241,6 +243,10 @@ def _frame(height_rem: float) -> dict[str, str]:
     return {"height": f"{height_rem:.1f}rem"}
 
 
+def _in_order(shown: Snapshot) -> list[Trial]:
+    return sorted(shown.trials.values(), key=lambda trial: trial.number)
+
+
 def _picture(kind: str, shown: Snapshot, others: Sequence[Snapshot], chosen: Mapping[str, int]) -> Picture:
     setting = shown.study.setting
     points = [shown.trials[number] for _, number in sorted(chosen.items()) if number in shown.trials]
@@ -254,7 +260,8 @@ def _picture(kind: str, shown: Snapshot, others: Sequence[Snapshot], chosen: Map
     if kind == "sensitivity":
         return pictures.sensitivity_picture(setting.table)
     if kind == "importance":
-        return pictures.importance_picture(shown.study.importance(), "accuracy")
+        of = str(shown.study.space.objectives[0])
+        return pictures.importance_picture(shown.study.importance(of, _in_order(shown)), of)
     runs = [t for t in (*points, *shown.trials.values()) if t.proposal.funnel and t.outcome is not None]
     if not runs:
         raise ValueError("Gates are those of funnel runs, and this study has none that is complete.")

@@ -1,6 +1,7 @@
 """What the dashboard knows of one study: read again and again by a thread, only what is new each time.
 
-The page never waits for the storage: it shows the last :class:`Snapshot`, a value that nobody changes.
+The page never waits for the storage: it shows the last :class:`Snapshot`, and asks its study only for what follows
+from the trials in it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,10 @@ from typing import Literal, cast
 from ranksearch.front import dominates
 from ranksearch.pictures import Progress
 from ranksearch.study import Study
-from ranksearch.trial import Outcome, Trial
+from ranksearch.trial import Outcome, Trial, ends_per_second
 
-_RECENT = 50
-"""Trials from which the present rate is taken."""
+_SILENT_MS = 60_000
+"""A driver elsewhere begins or ends a trial so often at least, but while one is being scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +41,17 @@ class Snapshot:
     course: tuple[Progress, ...]
     failures: tuple[tuple[str, int, int], ...]
     """Reason, how many trials, the last one's number; the most frequent first."""
-    state: Literal["running", "finished", "stopped"]
+    state: Literal["running", "finished", "stopped", "unknown"]
     done: int
     """Proposals whose last try has ended for good."""
     failed: int
+    per_minute: float
+    """Trials that ended per minute, over the last ones of the latest driver; 0 where that cannot be said."""
 
     @property
     def total(self) -> int:
         """Proposals that the budget allows."""
         return self.study.space.budget.trials
-
-    @property
-    def per_minute(self) -> float:
-        """Trials that ended per minute, over the last ones; 0 where that cannot be said."""
-        recent = self.course[-_RECENT:]
-        if len(recent) < 2 or recent[-1].end_ms <= recent[0].end_ms:
-            return 0.0
-        return 60_000 * (len(recent) - 1) / (recent[-1].end_ms - recent[0].end_ms)
 
     @property
     def minutes_left(self) -> float | None:
@@ -128,12 +123,12 @@ class Feed:
         for trial in sorted(fresh, key=lambda t: (t.end_ms, t.number)):
             self._take(trial)
         running = tuple(trial for trial in trials if trial.state == "RUNNING")
-        total, driven = self._study.space.budget.trials, _driven(self._study.folder)
-        seen = (len(self._ended), tuple(trial.number for trial in running), total, driven)
+        total, done = self._study.space.budget.trials, sum(not retry for _, retry in self._latest.values())
+        state = "finished" if done >= total and not running else _state(self._study.folder, trials)
+        seen = (len(self._ended), tuple(trial.number for trial in running), total, state)
         if seen == self._seen:
             return self.snapshot
         self._seen = seen
-        done = sum(not retry for _, retry in self._latest.values())
         return Snapshot(
             version=version + 1,
             study=self._study,
@@ -144,9 +139,10 @@ class Feed:
             failures=tuple(
                 (reason, count, self._last_failed[reason]) for reason, count in self._failures.most_common()
             ),
-            state="running" if driven else "finished" if done >= total else "stopped",
+            state=state,
             done=done,
             failed=sum(self._failures.values()),
+            per_minute=60 * ends_per_second(list(self._ended.values()), since_ms=_driver_began_ms(self._study.folder)),
         )
 
     def _take(self, trial: Trial) -> None:
@@ -167,16 +163,24 @@ class Feed:
         self._course.append(Progress(trials=len(self._course) + 1, end_ms=trial.end_ms, hypervolume=value))
 
 
-def _driven(folder: Path) -> bool:
-    """Whether a driver holds the study's lock.
+def _state(folder: Path, trials: Sequence[Trial]) -> Literal["running", "stopped", "unknown"]:
+    """Whether a search whose budget is not used up has a driver."""
+    here = _driven(folder)
+    if here is None or (not here and not (folder / "journal.log").exists()):  # a database has drivers anywhere
+        return _judged(trials, time.time() * 1000)
+    return "running" if here else "stopped"
 
-    The system is asked, as to try the lock might turn a new driver away. On another machine's word: a driver lives.
+
+def _driven(folder: Path) -> bool | None:
+    """Whether a driver of this machine holds the study's lock; None where another machine took it last.
+
+    The system is asked, as to try the lock might turn a new driver away.
     """
     lock = folder / "driver.lock"
     try:
-        process, _, host = lock.read_text(encoding="utf-8").partition(" on ")
-        if host.strip() != os.uname().nodename:
-            return True
+        process, _, rest = lock.read_text(encoding="utf-8").partition(" on ")
+        if rest.partition(" since ")[0].strip() != os.uname().nodename:
+            return None
         with suppress(OSError):
             held = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
             return any("FLOCK" in line and f":{lock.stat().st_ino} " in line for line in held)
@@ -184,6 +188,23 @@ def _driven(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _judged(trials: Sequence[Trial], now_ms: float) -> Literal["running", "stopped", "unknown"]:
+    """What the trials say of a driver that cannot be asked for: one that was killed leaves its trials RUNNING."""
+    silent_ms = abs(now_ms - max((max(t.start_ms, t.end_ms) for t in trials), default=0))
+    if all(trial.state != "RUNNING" for trial in trials):
+        return "running" if silent_ms < _SILENT_MS else "stopped"
+    longest_ms = max((t.end_ms - t.start_ms for t in trials if t.state == "COMPLETE"), default=0)
+    return "running" if silent_ms < max(_SILENT_MS, 3 * longest_ms) else "unknown"
+
+
+def _driver_began_ms(folder: Path) -> int:
+    """When the latest driver took the lock; 0 where that was elsewhere."""
+    try:
+        return int(1000 * (folder / "driver.lock").stat().st_mtime)
+    except OSError:
+        return 0
 
 
 def outcome_of(trial: Trial) -> Outcome:

@@ -34,7 +34,7 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     """
     front = {trial.number for trial in shown.front}
     dominated = [t for t in shown.trials.values() if t.state == "COMPLETE" and t.number not in front]
-    drawn = thinned(dominated, shown.study.setting.dense["macs"])
+    drawn = thinned(dominated)
     study, line = shown.study, list(shown.front)
     trials = study.trials_frame(sorted([*drawn, *line], key=lambda t: t.number))
     picture = front_picture(
@@ -48,20 +48,24 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     made = plain(picture)
     if len(drawn) < len(dominated):
         made["data"][0]["name"] = f"Dominated (accuracy on search images), {len(drawn)} of {len(dominated):,} drawn"
-    marks = [_mark(letter, trial) for letter, number in marked.items() if (trial := shown.trials.get(number))]
+    marks = [
+        _mark(letter, trial, on_front=number in front)
+        for letter, number in marked.items()
+        if (trial := shown.trials.get(number))
+    ]
     made["layout"]["annotations"] = [*made["layout"].get("annotations", ()), *marks]
     made["layout"]["uirevision"] = study.name  # the reader's zoom outlives an update
     return made
 
 
-def thinned(trials: Sequence[Trial], dense_macs: float, limit: int = DRAWN) -> list[Trial]:
+def thinned(trials: Sequence[Trial], limit: int = DRAWN) -> list[Trial]:
     """At most ``limit`` of the trials, so that each one left out lies near one that is drawn.
 
     One is kept of each cell of a grid over accuracy and MACs, which is made coarser until few enough are left.
     """
     if len(trials) <= limit:
         return list(trials)
-    places = np.array([(outcome_of(t).macs / dense_macs, outcome_of(t).accuracy_search) for t in trials])
+    places = np.array([(outcome_of(t).macs, outcome_of(t).accuracy_search) for t in trials])
     low, high = places.min(axis=0), places.max(axis=0)
     scaled = (places - low) / np.maximum(high - low, 1e-12)
     cells, first = 96, list(range(len(trials)))
@@ -72,9 +76,10 @@ def thinned(trials: Sequence[Trial], dense_macs: float, limit: int = DRAWN) -> l
     return [trials[i] for i in sorted(first)]
 
 
-def _mark(letter: str, trial: Trial) -> dict[str, Any]:
+def _mark(letter: str, trial: Trial, *, on_front: bool) -> dict[str, Any]:
+    """A letter at the trial's dot: the front is drawn by the report images, all else by the search images."""
     outcome = outcome_of(trial)
-    accuracy = outcome.accuracy_search if outcome.accuracy is None else outcome.accuracy
+    accuracy = outcome.accuracy if on_front and outcome.accuracy is not None else outcome.accuracy_search
     return {
         "x": outcome.macs / 1e9,
         "y": 100 * accuracy,

@@ -10,7 +10,7 @@ from dash import dcc, html
 
 from dashboards.feed import Snapshot, outcome_of
 from ranksearch.composition import LayerShare, composition
-from ranksearch.trial import Trial, interval
+from ranksearch.trial import Trial, best_within, interval
 
 PICTURES = {
     "hypervolume": "Hypervolume",
@@ -28,7 +28,7 @@ RULES = {
     "max_drop": "cheapest that loses at most … points",
     "trial": "the trial of number …",
 }
-_STATES = {"running": "running", "finished": "finished", "stopped": "not running"}
+_STATES = {"running": "running", "finished": "finished", "stopped": "not running", "unknown": "unknown"}
 _GRAPH: Any = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
 
 
@@ -140,7 +140,7 @@ def progress(shown: Snapshot, problem: str) -> list[Any]:
     volume = f"hypervolume {shown.course[-1].hypervolume:.4f}" if shown.course else ""
     workers = f" of {count}" if (count := shown.study.space.resources.workers) else ""
     tiles = [
-        ("State", _STATES[shown.state], f"{shown.study.setting.model.name}, {shown.study.space.strategy.name}"),
+        ("State", _STATES[shown.state], _about(shown)),
         ("Trials", f"{shown.done:,} of {total:,}", f"{100 * shown.done / total:.0f} %"),
         ("Rate", _rate(shown.per_minute), "over the last trials"),
         ("Time left", "-" if left is None else _minutes(left), "at this rate"),
@@ -152,6 +152,12 @@ def progress(shown: Snapshot, problem: str) -> list[Any]:
     bar = html.Progress(value=str(shown.done), max=str(total), **_label("Trials done"))
     parts = [html.Dl([_tile(*tile) for tile in tiles], className="tiles"), bar]
     return [*parts, html.P(problem, className="problem", role="alert")] if problem else parts
+
+
+def _about(shown: Snapshot) -> str:
+    if shown.state == "unknown":
+        return "driven from elsewhere, and silent: at work or killed"
+    return f"{shown.study.setting.model.name}, {shown.study.space.strategy.name}"
 
 
 def _tile(name: str, value: str, note: str) -> html.Div:
@@ -178,10 +184,9 @@ def _longest(shown: Snapshot) -> str:
 
 
 def _best(shown: Snapshot, share: float, dense: Mapping[str, float]) -> tuple[str, str]:
-    within = [t for t in shown.front if outcome_of(t).macs <= share * dense["macs"]]
-    if not within:
+    best = best_within(shown.front, share * dense["macs"])
+    if best is None:
         return "-", "no point of the front yet"
-    best = max(within, key=lambda t: outcome_of(t).accuracy_search)
     return f"{100 * outcome_of(best).accuracy_search:.2f} %", f"trial {best.number}, search images"
 
 

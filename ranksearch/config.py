@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,9 @@ from ranksearch.secrecy import VARIABLE, has_password, looks_secret, redacted
 from ranksearch.space import Space
 
 _FILLED_LATE = ("$.tracking.uri",)
-"""Where variables are filled in by the one that connects, as secret ones are everywhere: the study keeps the name."""
+"""Where variables are filled in by the one that connects: the study keeps the name."""
+_FILLED = ("$.tracking.uri", "$.model.options.", "$.data.options.", "$.job.environment.")
+"""Where a variable that is kept by its name is filled in when it is used; anywhere else the name would be the value."""
 
 _UNREADABLE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What PyYAML raises; values that contradict their tag (``!!int x``, ``!!timestamp x``) give Python's own errors."""
@@ -116,12 +118,15 @@ def parse_space(
 ) -> Space:
     """The space in a mapping of JSON types; raises :class:`SpaceError` naming every problem, ``check``'s too.
 
-    ``${NAME}`` stands for the environment variable of that name, or that of ``variables``. Secret ones, and those of
-    ``tracking.uri``, must be set but stay as they are: whoever connects fills them in.
+    ``${NAME}`` stands for the environment variable of that name, or that of ``variables``. Secret ones (by their name,
+    by ``job.secrets``, or for a password in a URL), and those of ``tracking.uri``, must be set but stay as they are:
+    whoever uses them fills them in.
     """
     problems: list[Problem] = []
+    found = os.environ if variables is None else variables
+    secret = {name for name, value in found.items() if looks_secret(name) or has_password(value)} | _declared(data)
     try:
-        expanded = _expand(data, "$", problems, os.environ if variables is None else variables)
+        expanded = _expand(data, "$", problems, found, secret)
     except RecursionError as error:
         rule, remedy = "a section must not hold itself, nor be too deep", "Write the anchor's content out."
         raise _problem(source, "$", rule, "", remedy) from error
@@ -230,12 +235,21 @@ def _apply(source: str, data: dict[str, Any], setting: str) -> None:
     place[last] = _parse(f"--set {setting}", text)
 
 
-def _expand(value: Any, address: str, problems: list[Problem], variables: Mapping[str, str]) -> Any:
+def _declared(data: Mapping[str, Any]) -> set[str]:
+    """The names in ``job.secrets``, of data that is not checked yet."""
+    job = data.get("job")
+    names = job.get("secrets") if isinstance(job, dict) else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _expand(
+    value: Any, address: str, problems: list[Problem], variables: Mapping[str, str], secret: Collection[str]
+) -> Any:
     """``value`` with every ``${NAME}`` replaced by that variable, but for those that are filled in late."""
     if isinstance(value, dict):
-        return {key: _expand(below, f"{address}.{key}", problems, variables) for key, below in value.items()}
+        return {key: _expand(below, f"{address}.{key}", problems, variables, secret) for key, below in value.items()}
     if isinstance(value, list):
-        return [_expand(below, f"{address}[{i}]", problems, variables) for i, below in enumerate(value)]
+        return [_expand(below, f"{address}[{i}]", problems, variables, secret) for i, below in enumerate(value)]
     if not isinstance(value, str):
         return value
 
@@ -250,7 +264,17 @@ def _expand(value: Any, address: str, problems: list[Problem], variables: Mappin
                     remedy=f"Set {match[1]}, or give --set {setting}=...",
                 )
             )
-        if address in _FILLED_LATE or looks_secret(match[1]):
+        if match[1] in secret and match[1] in variables and not address.startswith(_FILLED):
+            problems.append(
+                Problem(
+                    address=address,
+                    rule="a secret variable must stand where it is filled in late: options of factories, tracking.uri "
+                    "or job.environment",
+                    value=match[0],
+                    remedy="Give the variable a name without a word such as TOKEN or PASSWORD if it holds no secret.",
+                )
+            )
+        if address in _FILLED_LATE or match[1] in secret:
             return match[0]
         return variables.get(match[1], match[0])
 

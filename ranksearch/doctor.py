@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -299,7 +298,7 @@ def _look(mark: str) -> dict[str, Any]:
     seen, own = Path(mark).exists(), uuid.uuid4().hex
     if seen:
         Path(f"{mark}-{own}").touch()
-    return {"versions": _versions(), "seen": seen, "id": own, "host": socket.gethostname()}
+    return {"versions": _versions(), "seen": seen, "id": own}
 
 
 def _versions() -> dict[str, str]:

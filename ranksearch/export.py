@@ -21,7 +21,7 @@ from ranksearch.front import knee
 from ranksearch.rankmap import LayerRanks, RankMap, WeightsRecord
 from ranksearch.study import Study
 from ranksearch.surgery import skeleton
-from ranksearch.trial import Outcome, Trial
+from ranksearch.trial import Outcome, Trial, best_within
 
 _METADATA = "ranksearch"
 
@@ -140,14 +140,14 @@ def choose(
             )
         return min(fit, key=lambda t: (_outcome(t).macs, t.number))
     limit = (max_gmacs or 0.0) * 1e9 if max_macs_ratio is None else max_macs_ratio * dense["macs"]
-    fit = [t for t in front if _outcome(t).macs <= limit * (1 + 1e-12)]
-    if not fit:
+    best_fit = best_within(front, limit)
+    if best_fit is None:
         least_macs = min(_outcome(t).macs for t in front)
         raise BudgetError(
             f"a trial must have at most {limit / 1e9:.4f} GMACs ({limit / dense['macs']:.3f} of dense), the cheapest "
             f"of the front has {least_macs / 1e9:.4f} ({least_macs / dense['macs']:.3f}). Allow more or go on."
         )
-    return max(fit, key=lambda t: (_outcome(t).accuracy_search, -_outcome(t).macs))
+    return best_fit
 
 
 def _cost_and_quality(trial: Trial) -> tuple[float, float]:

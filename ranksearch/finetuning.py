@@ -1,7 +1,8 @@
 """The full fine-tuning of a rank map: its network trained to the end, beside the dense one trained alike if asked for.
 
 A killed fine-tuning goes on when the same command is given again: each network has a checkpoint beside the output,
-which is removed when the output is written. Report images are scored at the very end, and decide nothing.
+which is removed when the output is written. Report images are scored before the training and after it, and decide
+nothing.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ranksearch.evaluation import score
 from ranksearch.factors import content_hash
 from ranksearch.refit import Chain, regauge
 from ranksearch.space import FineTuneSpec
-from ranksearch.training import Training, steps_of
+from ranksearch.training import Training, steps_of, steps_of_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Retraining:
         chains: Mapping[str, Chain],
         checkpoint: Path,
     ) -> None:
-        self.model, self.data, self.schedule, self.checkpoint = model, data, schedule, checkpoint
+        self.model, self.dense, self.data, self.schedule, self.checkpoint = model, dense, data, schedule, checkpoint
         self.chains = {name: chain for name, chain in chains.items() if not FORMATS[chain[0]].nested}
         self.device = next(model.parameters()).device
         self.identity = self._identity()
@@ -100,8 +100,7 @@ class Retraining:
             model, dense, data.train, self._input, schedule.spec, data.augment, seed=schedule.seed, dtype=schedule.dtype
         )
         self.total = steps_of(schedule.spec, len(data.train))
-        images = len(data.train)
-        self.epoch_steps = max(1, images // min(schedule.spec.batch_images, images))
+        self.epoch_steps = steps_of_epoch(schedule.spec, len(data.train))
         self._losses: list[float] = []
         if checkpoint.exists():
             self._load(read_checkpoint(checkpoint))
@@ -183,8 +182,12 @@ class Retraining:
         self.curve = [Epoch(**epoch) for epoch in state["curve"]]
 
     def _identity(self) -> str:
-        schedule, digest = self.schedule, content_hash(self.model.state_dict().values())
-        return f"{schedule} of weights {digest} on {self.data.digest or len(self.data.train)}, {self.device.type}"
+        """What the course of the training depends on."""
+        data, (ours, taught) = self.data, (content_hash(one.state_dict().values()) for one in (self.model, self.dense))
+        return (
+            f"{self.schedule} of weights {ours}, taught by {taught}, on {data.digest or len(data.train)} with mean "
+            f"{data.mean}, std {data.std} and {data.augment!r}, {self.device.type}"
+        )
 
     def _input(self, split: Split, index: Tensor) -> Tensor:
         return to_input(split.images[index.numpy()], self.data, self.device)

@@ -30,6 +30,15 @@ class Setting:
     """Arithmetic of fine-tuning."""
     versions: Mapping[str, str]
 
+    def comparable(self, other: Setting) -> bool:
+        """Whether the two searched the same network on the same data, so that their accuracies can be compared."""
+        return (self.model.weights_sha256, self.data_digest, self.model.name, self.dense["macs"]) == (
+            other.model.weights_sha256,
+            other.data_digest,
+            other.model.name,
+            other.dense["macs"],
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; ``from_json`` reads it back."""
         return {

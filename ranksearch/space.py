@@ -158,10 +158,10 @@ class StrategySpec(Section):
     """How proposals are made."""
 
     name: str = "auto"
-    """A strategy. ``auto``, ``optuna`` and ``greedy-multi-step`` learn from the trials, ``random`` does not; ``funnel``
-    trains the network under a penalty that closes ranks, and learns how to; the others read a ladder of rank maps off
-    the price table: ``knapsack``, ``greedy``, ``lc``, ``water-filling``, ``energy``, ``uniform``, ``eps``, ``evbmf``,
-    ``alds``."""
+    """A strategy, by default ``auto``, or ``optuna`` where a sampler or seeds are named. ``auto``, ``optuna`` and
+    ``greedy-multi-step`` learn from the trials, ``random`` does not; ``funnel`` trains the network under a penalty that
+    closes ranks, and learns how to; the others read a ladder of rank maps off the price table: ``knapsack``,
+    ``greedy``, ``lc``, ``water-filling``, ``energy``, ``uniform``, ``eps``, ``evbmf``, ``alds``."""
     price: str | None = None
     """The loss of a candidate that ``auto``, ``knapsack``, ``greedy``, ``lc`` and ``eps`` reckon with: ``predicted``
     (the error of the table), or a measured one of replacing that layer alone: ``weight``, ``output``, ``divergence``,
@@ -189,6 +189,14 @@ class StrategySpec(Section):
     ``weight_rate``, ``gate_rate``, ``penalty`` (``funnel``, ``l1``, ``l2``), ``mac_weighted``, ``scale_free``,
     ``format`` (of the gated layers; by default the first of ``formats`` that a layer can be gated in).
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_what_it_names(cls, data: Any) -> Any:
+        """Only Optuna's samplers start from seeds, so who names these means ``optuna``."""
+        if isinstance(data, dict) and "name" not in data and {"sampler", "seeds", "seed_points"} & data.keys():
+            return {**data, "name": "optuna"}
+        return data
 
 
 class FineTuneSpec(Section):

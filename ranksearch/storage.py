@@ -28,6 +28,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, Timeout
 from ranksearch.errors import StudyError
 from ranksearch.lock import FILE, DatabaseLock, lock_folder
 from ranksearch.patience import Patience
+from ranksearch.secrecy import redacted
 from ranksearch.setting import Setting
 from ranksearch.study import Study
 from ranksearch.trial import MAXIMISED
@@ -210,7 +211,7 @@ class Store:
 
     @property
     def _place(self) -> str:
-        return _redacted(self.url) if self.url else str(self.folder)
+        return redacted(self.url) if self.url else str(self.folder)
 
     def _taken(self, name: str) -> str:
         return (
@@ -369,7 +370,3 @@ def _ends_whole(journal: Path) -> bool:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         return file.read() in (b"", b"\n")
-
-
-def _redacted(url: str) -> str:
-    return re.sub(r"//[^/]*@", "//***@", url)

@@ -10,35 +10,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import SQLAlchemyError
 
-from ranksearch import pictures
+from ranksearch import frames, pictures
 from ranksearch.drawing import figure
-from ranksearch.errors import StudyError, TakenOver
+from ranksearch.errors import StudyError
 from ranksearch.front import dominates, hypervolume, non_dominated
-from ranksearch.lock import DatabaseLock, lock_folder
+from ranksearch.lock import DatabaseLock
+from ranksearch.parameters import importance, parameters_of
 from ranksearch.patience import Patience
 from ranksearch.pictures import Progress
 from ranksearch.rankmap import RankMap
+from ranksearch.right import Right
 from ranksearch.setting import Setting
 from ranksearch.space import Space
 from ranksearch.spool import Spool
-from ranksearch.strategies.funnel import RANGES
-from ranksearch.table import PriceTable
 from ranksearch.trial import (
     MAXIMISED,
     Failure,
@@ -47,7 +42,6 @@ from ranksearch.trial import (
     Trial,
     checkpoint_name,
     constraints,
-    interval,
     minimised,
     objective_values,
 )
@@ -61,8 +55,6 @@ logging.getLogger("optuna").setLevel(logging.WARNING)
 T = TypeVar("T")
 
 INTERRUPTED = "interrupted: the driver ended before the trial did"
-_DRIVER = "driver"
-"""Attribute of a study that tells the drivers apart which had it one after the other."""
 
 
 class Study:
@@ -91,11 +83,7 @@ class Study:
         self._lasting = Patience(name, seconds=0.0, away=lambda error: False)
         """What waits for the storage: a driver does, whoever only reads is told at once."""
         self._patience = patience or self._lasting
-        self._lock = lock
-        self._driver = ""
-        """What this driver wrote when it took the lock."""
-        self._doubtful = False
-        """Whether the lock was lost for a while, and nobody has looked yet if another driver had it then."""
+        self._right = Right(name, folder, storage, study_id, lock)
         self._spool = Spool(folder / "spool.jsonl", uid)
         self._written = json.dumps(setting.to_json())
 
@@ -118,21 +106,9 @@ class Study:
     def driving(self) -> Iterator[None]:
         """Hold the right to write: one driver a study; raises :class:`StudyError` where another one holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(lock_folder(self.folder))
-                if self._lock is not None:
-                    stack.enter_context(self._lock.held())
-            except BlockingIOError as error:
-                raise StudyError(
-                    f"a study must have one driver at a time, {self.name} is driven by process {error}. "
-                    "Wait for it, or stop it."
-                ) from error
+        with self._right.held(self._patience):
             reading, self._lasting = self._lasting, self._patience
             try:
-                if self._lock is not None:
-                    self._driver = uuid.uuid4().hex
-                    self._lasting(lambda _: self._storage.set_study_user_attr(self._study_id, _DRIVER, self._driver))
                 yield
             finally:
                 self._lasting = reading
@@ -143,33 +119,14 @@ class Study:
         """Write to the storage, or wait for it; see :class:`~ranksearch.patience.Patience`."""
 
         def checked(again: bool) -> T:
-            self._check_lock()
+            self._right.check()
             return act(again)
 
         return self._lasting(checked, lost=lost)
 
-    def _check_lock(self) -> None:
-        """Whoever lost the right to write, even unnoticed, writes nothing more.
-
-        Raises:
-            TakenOver: another driver has the study, or had it since.
-        """
-        if self._lock is None:
-            return
-        try:
-            self._doubtful = self._lock.renew() or self._doubtful
-        except SQLAlchemyError as error:
-            raise StorageInternalError(str(error)) from error  # told as the storage's own troubles are
-        if self._doubtful and self._storage.get_study_user_attrs(self._study_id).get(_DRIVER) != self._driver:
-            raise TakenOver(
-                f"a study must have one driver at a time: while the database was away, {self.name} was taken over by "
-                "one that has ended since. Resume."
-            )
-        self._doubtful = False
-
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
-        params, distributions = _parameters(proposal, self.setting.table)
+        params, distributions = parameters_of(proposal, self.setting.table)
         attrs = {"index": index, "attempt": attempt, "origin": proposal.origin, "note": proposal.note}
         if proposal.funnel:
             attrs |= {"choices": list(proposal.choices), "settings": proposal.settings, "stamp": self._stamp(index)}
@@ -368,48 +325,12 @@ class Study:
 
     def trials_frame(self, trials: list[Trial] | None = None) -> pd.DataFrame:
         """Every trial as a row: number, state, reason, origin, the measurements, ``on_front``."""
-        import pandas as pd
-
         trials = self.trials() if trials is None else trials
-        front = {trial.number for trial in self.front_trials(trials)}
-        dense = self.setting.dense["macs"]
-        rows = [
-            {
-                "number": t.number,
-                "index": t.index,
-                "attempt": t.attempt,
-                "state": t.state,
-                "reason": t.reason,
-                "origin": t.proposal.origin,
-                "feasible": t.feasible,
-                "on_front": t.number in front,
-                **_measured(t.outcome, dense),
-            }
-            for t in trials
-        ]
-        columns = ["number", "index", "attempt", "state", "reason", "origin", "feasible", "on_front"]
-        return pd.DataFrame(rows, columns=[*columns, *_measured(None, dense)])
+        return frames.trials_frame(trials, self.front_trials(trials), self.setting.dense["macs"])
 
     def front(self, trials: list[Trial] | None = None) -> pd.DataFrame:
         """The Pareto front by increasing MACs: trial, accuracy (report images) with its 95 % interval, costs."""
-        import pandas as pd
-
-        rows = []
-        for trial in self.front_trials(trials):
-            measured = _measured(trial.outcome, self.setting.dense["macs"])
-            low, high = interval(measured["accuracy"], cast(Outcome, trial.outcome).report_images)
-            rows.append(
-                {
-                    "trial": trial.number,
-                    "accuracy": measured.pop("accuracy"),
-                    "accuracy_low": low,
-                    "accuracy_high": high,
-                    **measured,
-                    "origin": trial.proposal.origin,
-                }
-            )
-        columns = ["trial", "accuracy", "accuracy_low", "accuracy_high", *list(_measured(None, 1))[1:], "origin"]
-        return pd.DataFrame(rows, columns=columns)
+        return frames.front_frame(self.front_trials(trials), self.setting.dense["macs"])
 
     def course(self, trials: list[Trial] | None = None) -> list[Progress]:
         """The hypervolume after each trial that ended, in the order in which they did."""
@@ -425,39 +346,35 @@ class Study:
             points.append(Progress(trials=len(points) + 1, end_ms=trial.end_ms, hypervolume=value))
         return points
 
-    def importance(self, of: str = "accuracy") -> dict[str, float]:
+    def importance(self, of: str = "accuracy", trials: list[Trial] | None = None) -> dict[str, float]:
         """How much each layer's choice decides whether an objective is among the best tenth: shares of 1, by layer.
 
         It is Optuna's PED-ANOVA, of the complete trials but funnel runs; empty where fewer than ten are there.
 
+        Args:
+            of: the objective.
+            trials: those to judge by, where they have been read already.
+
         Raises:
             ValueError: the search has no such objective.
         """
-        import optuna
-        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-
-        objectives = self.space.objectives
-        if of not in objectives:
-            raise ValueError(f"importance is of one of the objectives {', '.join(objectives)}, found {of!r}.")
-        at = [str(name) for name in objectives].index(of)
-        whole = optuna.create_study(direction="maximize" if of in MAXIMISED else "minimize")
-        for frozen in self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.COMPLETE,)):
-            if len(frozen.params) == len(self.setting.table.layers) and not frozen.user_attrs.get("settings"):
-                whole.add_trial(
-                    create_trial(params=frozen.params, distributions=frozen.distributions, value=frozen.values[at])
-                )
-        if len(whole.trials) < 10:
-            return {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return dict(get_param_importances(whole, evaluator=PedAnovaImportanceEvaluator()))
+        return importance(self.space.objectives, self.setting.table, self.trials() if trials is None else trials, of)
 
     # Pictures, as interactive Plotly figures.
 
     def plot_front(self, *baselines: Study) -> Figure:
-        """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies."""
+        """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies.
+
+        Raises:
+            StudyError: another study is of other weights or other data.
+        """
         from ranksearch.plots import front_figure
 
+        if strangers := [study.name for study in baselines if not self.setting.comparable(study.setting)]:
+            raise StudyError(
+                f"fronts on the same axes must be of the same network and data as {self.name}, found "
+                f"{', '.join(strangers)} of other weights or images. Draw those apart."
+            )
         trials = self.trials()
         return front_figure(
             self.trials_frame(trials),
@@ -544,36 +461,6 @@ class Study:
             knee_point=knee,
         )
         return rank_map_of(self, picked)
-
-
-def _parameters(proposal: Proposal, table: PriceTable) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-    """A proposal as Optuna's parameters with their distributions: a candidate a layer, or what a funnel run explores.
-
-    What a funnel run starts from is none: its outcome is not that of these candidates.
-    """
-    if proposal.funnel:
-        explored = [name for name in RANGES if proposal.settings.get(name) is not None]
-        params: dict[str, Any] = {f"funnel.{name}": proposal.settings[name] for name in explored}
-        return params, {f"funnel.{name}": RANGES[name] for name in explored}
-    params = {layer.name: i for layer, i in zip(table.layers, proposal.choices, strict=True)}
-    return params, {layer.name: IntDistribution(0, len(layer.candidates) - 1) for layer in table.layers}
-
-
-def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
-    """The columns of an outcome; NaN without one."""
-    if outcome is None:
-        names = ["accuracy", "accuracy_search", "loss", "macs", "macs_ratio", "gmacs", "params", "seconds"]
-        return dict.fromkeys(names, math.nan)
-    return {
-        "accuracy": math.nan if outcome.accuracy is None else outcome.accuracy,
-        "accuracy_search": outcome.accuracy_search,
-        "loss": outcome.loss,
-        "macs": outcome.macs,
-        "macs_ratio": outcome.macs / dense_macs,
-        "gmacs": outcome.macs / 1e9,
-        "params": outcome.params,
-        "seconds": outcome.seconds,
-    }
 
 
 def _by_name(constraints: Mapping[str, float]) -> tuple[float, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,12 @@ ToInput = Callable[[Split, Tensor], Tensor]
 
 def steps_of(spec: FineTuneSpec, images: int) -> int:
     """Optimiser steps that a fine-tuning of ``images`` training images makes."""
-    return spec.steps if spec.epochs is None else max(1, round(spec.epochs * images / spec.batch_images))
+    return spec.steps if spec.epochs is None else max(1, round(spec.epochs * steps_of_epoch(spec, images)))
+
+
+def steps_of_epoch(spec: FineTuneSpec, images: int) -> int:
+    """Steps of one pass over ``images`` training images: whole batches, the remainder is dropped."""
+    return max(1, images // spec.batch_images)
 
 
 def fine_tune(
@@ -40,7 +46,7 @@ def fine_tune(
     ``between`` is called after every step with their number so far.
 
     SGD with Nesterov momentum, the learning rate warmed up linearly over a tenth of the steps and brought to zero by a
-    cosine. The same seed gives the same batches and changes of images.
+    cosine. The same seed gives the same batches, changes of images and draws of layers like dropout.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -64,6 +70,7 @@ class Training:
 
     The caller sets the model's mode. What is trained at which rate follows the spec, with its cycle of the rate and its
     weight decay on kernels; or it is ``groups``: parameters and the constant rate of each group, without decay.
+    Layers that draw numbers, like dropout, draw the training's own; torch's global generators are left as they are.
     """
 
     def __init__(
@@ -88,6 +95,12 @@ class Training:
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64)
         self._place = 0
+        self._device = next(model.parameters()).device
+        # Another seed than that of the batches, lest the layers draw the same numbers.
+        self._drawing = {
+            kind: torch.Generator(kind).manual_seed(seed ^ 2**31).get_state() for kind in {"cpu", self._device.type}
+        }
+        """States of the global generators that layers draw from."""
         parts = _kernels_and_others(model, spec) if groups is None else [_group(p, rate, 0.0) for p, rate in groups]
         self.optimiser = torch.optim.SGD(parts, momentum=spec.momentum, nesterov=spec.momentum > 0)
 
@@ -98,7 +111,8 @@ class Training:
         batch = self._batch()
         images = augmented(self.to_input(self.split, batch), self.augment, self._generator)
         labels = self._labels[batch].to(images.device)
-        loss = _loss(self.model, self.dense, images, labels, self.spec, self.dtype)
+        with self._own_draws():
+            loss = _loss(self.model, self.dense, images, labels, self.spec, self.dtype)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"fine-tuning diverged: the loss is {value} at step {self.steps} of {self.total}")
@@ -107,6 +121,19 @@ class Training:
         self.optimiser.step()
         self.steps += 1
         return value
+
+    @contextmanager
+    def _own_draws(self) -> Iterator[None]:
+        """Torch's global generators are meanwhile those of this training."""
+        cuda = self._device.type == "cuda"
+        with torch.random.fork_rng(devices=[self._device] if cuda else []):
+            torch.set_rng_state(self._drawing["cpu"])
+            if cuda:
+                torch.cuda.set_rng_state(self._drawing["cuda"], self._device)
+            yield
+            self._drawing["cpu"] = torch.get_rng_state()
+            if cuda:
+                self._drawing["cuda"] = torch.cuda.get_rng_state(self._device)
 
     def _batch(self) -> Tensor:
         """Indices of the next batch, pass after pass in a new order; the remainder of a pass is dropped."""
@@ -123,6 +150,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "generator": self._generator.get_state(),
+            "drawing": self._drawing,
             "order": self._order,
             "place": self._place,
             "steps": self.steps,
@@ -134,6 +162,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self._generator.set_state(state["generator"])
+        self._drawing = dict(state["drawing"])
         self._order, self._place, self.steps = state["order"], state["place"], state["steps"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from math import isfinite, isnan, nan, sqrt
@@ -176,6 +176,29 @@ class Failure:
     a proposal is tried once more."""
     exhausted: bool = False
     """Whether memory was short; an engine that runs several tasks side by side tries such a one once more, alone."""
+
+
+def best_within(trials: Iterable[Trial], macs: float) -> Trial | None:
+    """The most accurate complete trial (search images) of at most so many MACs, of equal ones the cheapest."""
+    scored = [(t, t.outcome) for t in trials if t.outcome is not None and t.outcome.macs <= macs * (1 + 1e-12)]
+    best = max(scored, key=lambda pair: (pair[1].accuracy_search, -pair[1].macs), default=None)
+    return None if best is None else best[0]
+
+
+RECENT = 50
+"""Trials from which the present rate is taken."""
+
+
+def ends_per_second(ended: Sequence[Trial], *, since_ms: int = 0) -> float:
+    """Trials that end in a second, over the last ones; 0 where that cannot be said.
+
+    Args:
+        ended: trials by the time of their end.
+        since_ms: when the present driver began: what was begun before says nothing of its rate.
+    """
+    ends = [trial.end_ms for trial in ended[-RECENT:] if trial.start_ms >= since_ms]
+    taken_ms = max(ends) - min(ends) if ends else 0
+    return 1000 * (len(ends) - 1) / taken_ms if taken_ms > 0 else 0.0
 
 
 def checkpoint_name(index: int) -> str:

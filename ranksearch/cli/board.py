@@ -11,14 +11,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ranksearch.trial import RECENT, best_within, ends_per_second
+
 if TYPE_CHECKING:
     from ranksearch.study import Study
     from ranksearch.trial import Trial
 
 _SHARES = (0.7, 0.5, 0.35)
 """Of the MACs, where the space names no targets."""
-_RECENT = 50
-"""Trials from which the present rate is taken."""
 _WIDTH, _HEIGHT = 56, 9
 """Of the drawn front, in characters."""
 
@@ -29,11 +29,11 @@ class Board:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._done: set[int] = set()
-        self._ends: deque[float] = deque(maxlen=_RECENT)
+        self._recent: deque[Trial] = deque(maxlen=RECENT)
         self._failures: Counter[str] = Counter()
         self._front: list[Trial] = []
         self.take(*study.trials())
-        self._ends.clear()  # what was tried before says nothing of the present rate
+        self._recent.clear()  # what was tried before says nothing of the present rate
 
     def take(self, *trials: Trial) -> None:
         """Hear of trials; those that still run are left out."""
@@ -44,7 +44,7 @@ class Board:
                 self._done.add(trial.index)
             if trial.outcome is None:
                 self._failures[trial.reason or "unknown"] += 1
-            self._ends.append(trial.end_ms / 1000)
+            self._recent.append(trial)
         feasible = [trial for trial in trials if trial.feasible]
         if feasible:
             self._front = self._study.front_trials(sorted([*self._front, *feasible], key=lambda t: t.number))
@@ -52,17 +52,18 @@ class Board:
     @property
     def per_second(self) -> float:
         """Trials that end in a second, over the last ones; 0 where that cannot be said."""
-        taken = max(self._ends) - min(self._ends) if self._ends else 0.0
-        return (len(self._ends) - 1) / taken if taken > 0 else 0.0
+        return ends_per_second(list(self._recent))
 
     def best(self) -> list[tuple[float, float, int] | tuple[float, None, None]]:
         """At each target: the share of the MACs, and the accuracy and the number of the best trial within it."""
         dense = self._study.setting.dense["macs"]
         found: list[tuple[float, float, int] | tuple[float, None, None]] = []
         for share in self._study.space.budget.targets or _SHARES:
-            scored = [(t.outcome, t.number) for t in self._front if t.outcome is not None]
-            within = [(outcome.accuracy_search, number) for outcome, number in scored if outcome.macs <= share * dense]
-            found.append((share, *max(within)) if within else (share, None, None))
+            best = best_within(self._front, share * dense)
+            if best is None or best.outcome is None:
+                found.append((share, None, None))
+            else:
+                found.append((share, best.outcome.accuracy_search, best.number))
         return found
 
     def render(self) -> RenderableType:

@@ -148,7 +148,7 @@ def apply(
         return
     agreement = found.agreement
     afresh = found.rank_map.provenance.get("applied_afresh")
-    say(f"{f'{afresh} factors, decomposed afresh' if afresh else 'stored weights'}: {found.rank_map.macs:,} MACs")
+    say(f"{f'{afresh} factors, decomposed afresh' if afresh else 'stored weights'}: {found.macs:,} MACs")
     say(
         f"read back, on {agreement.images:,} images ({agreement.source}): the same class for "
         f"{percent(agreement.top1_agreement)} %, outputs within {agreement.max_difference:.2g}"

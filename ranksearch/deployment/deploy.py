@@ -5,7 +5,7 @@ The comparison is with the compressed network as it was built, before any foldin
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import json
 import os
 import tempfile
@@ -50,7 +50,7 @@ NOISE = "noise"
 IMAGES = 5000
 """Images on which an export is compared, at most: search-validation and report images."""
 TOLERANCE = 1e-4
-"""Largest difference of an output, as a share of the largest output where that is above 1."""
+"""Largest difference of an output: absolute where no output is above 1, else as a share of the largest."""
 LEAST_AGREEMENT = 0.9
 """Share of the images for which an export that is not exact must name the same class."""
 CALIBRATION_IMAGES = 512
@@ -91,6 +91,8 @@ class Deployed:
     manifest: Path
     agreement: Agreement
     rank_map: RankMap
+    macs: int
+    """Per image, of the network that was written: folding and merging may have left fewer than the map's."""
 
 
 def deploy(
@@ -118,7 +120,7 @@ def deploy(
         images: what to compare on: ``"recorded"`` by the map's search, a space file, a folder that replaces the
             recorded root, or ``"noise"``. By default ``data``, or else the recorded.
         model: architecture of the dense network.
-        weights: of the dense network.
+        weights: of the dense network; only where that is decomposed.
         data: calibration images for activation-aware factors.
         storage: where the cache is.
         trust: whether functions that the map alone names are imported and called.
@@ -133,6 +135,7 @@ def deploy(
     source = images or data or RECORDED
     if not trust:
         check_factories(read_compressed(file)[0], model=model, data=None if source == NOISE else source)
+    _check_weights(file, weights, afresh=data is not None or model is not None)
     with tempfile.TemporaryDirectory() as folder:
         if data is not None or model is not None or read_compressed(file)[1] is None:
             afresh = Path(folder) / "afresh.safetensors"
@@ -160,7 +163,13 @@ def deploy(
         files = [output.parent / found.name for found in sorted(Path(folder).iterdir()) if found != described]
         for found in sorted(Path(folder).iterdir()):
             os.replace(found, output.resolve().parent / found.name)
-    return Deployed(files=tuple(files), manifest=output.parent / described.name, agreement=agreement, rank_map=rank_map)
+    return Deployed(
+        files=tuple(files),
+        manifest=output.parent / described.name,
+        agreement=agreement,
+        rank_map=rank_map,
+        macs=manifest["macs"],
+    )
 
 
 def _target(to: str, output: Path) -> Target:
@@ -172,6 +181,15 @@ def _target(to: str, output: Path) -> Target:
     if not output.resolve().parent.is_dir() or output.is_dir():
         raise ExportError(f"cannot write {output}: it must be a file in a folder that exists. Make the folder.")
     return target
+
+
+def _check_weights(file: Path, weights: Path | None, *, afresh: bool) -> None:
+    if weights is not None and not afresh and read_compressed(file)[1] is not None:
+        raise ExportError(
+            f"dense weights are for maps that are decomposed, and {file} has compressed weights stored, which are "
+            f"exported as they are: {weights} would not be used. Give --data or --model too, which decompose afresh, "
+            "or leave --weights out."
+        )
 
 
 def _check_outputs(outputs: Any, rank_map: RankMap) -> None:
@@ -311,12 +329,17 @@ def _batches(
         yield to_input(images, data), torch.from_numpy(labels)
 
 
+def _version(package: str) -> str:
+    """Of the module: what it was installed from may have another name, as onnxruntime-gpu has."""
+    return str(importlib.import_module(package).__version__)
+
+
 def _manifest(
     to: str, target: Target, job: Job, folder: Path, agreement: Agreement, data: Data | None
 ) -> dict[str, Any]:
     """What was written, from what, with what, and how it compares; JSON types."""
     rank_map, built = job.rank_map, job.folded.model if target.folded else job.network
-    known = {**versions(), **{name: importlib.metadata.version(name) for name in target.packages}}
+    known = {**versions(), **{name: _version(name) for name in target.packages}}
     files = {
         found.name: {"sha256": file_hash(found), "bytes": found.stat().st_size} for found in sorted(folder.iterdir())
     }

@@ -24,6 +24,7 @@ from torch.fx import Node
 
 from ranksearch.deployment.target import Job, Runner, Target
 from ranksearch.errors import ExportError
+from ranksearch.surgery import count_macs
 
 _LAYERS = {
     "linear": "Linear",
@@ -70,10 +71,12 @@ def _write(job: Job, path: Path) -> None:
         raise ExportError(f"a Python module must have the name of one, found {path.name}. Name it like network.py.")
     writer = _Writer(job.program)
     rank_map = job.rank_map
+    macs = count_macs(job.folded.model, rank_map.model.input_shape)
+    share = 100 * macs / rank_map.dense_macs
     text = _MODULE.format(
-        title=f"{rank_map.model.name}, compressed by ranksearch to {100 * rank_map.macs_ratio:.1f} % of its MACs.",
+        title=f"{rank_map.model.name}, compressed by ranksearch to {share:.1f} % of its MACs.",
         shape=", ".join(map(str, rank_map.model.input_shape)),
-        facts=f"{rank_map.macs:,} MACs per image.",
+        facts=f"{macs:,} MACs per image.",
         weights=path.with_suffix(".pt").name,
         layers=_indented(writer.members() or ["pass"]),
         body=_indented(writer.body()),

@@ -24,7 +24,7 @@ def on_every_machine(spec: ResourcesSpec, work: Callable[[], Any]) -> dict[str, 
     """
     found: dict[str, Any] = {}
     with quiet(spec.address), cluster(spec):
-        task: Any = ray.remote(num_cpus=0)(work)
+        task: Any = ray.remote(num_cpus=0)(lambda: work())  # a plain function: Ray takes no partial
         asked = {}
         for node in ray.nodes():  # type: ignore[no-untyped-call]
             if node["Alive"]:

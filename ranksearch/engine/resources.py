@@ -32,7 +32,8 @@ def check(spec: ResourcesSpec) -> None:
         return
     gpus = _gpus() if spec.gpus_per_trial else 0
     if spec.engine == "ray":
-        workers(spec, [Node(local_cpus(spec), gpus, labels=spec.labels)])
+        # A Ray that is started here has no labels of ours.
+        workers(spec, [Node(local_cpus(spec), gpus, _memory(), labels={})])
     elif spec.gpus_per_trial > gpus:
         raise EngineError(
             f"a trial needs {spec.gpus_per_trial:g} GPUs, and PyTorch finds {gpus} with CUDA on this machine. "
@@ -113,6 +114,11 @@ def _told(spec: ResourcesSpec, node: Node) -> str:
 
 def _shown(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in labels.items())
+
+
+def _memory() -> int:
+    """Bytes of this machine; Ray, which keeps some for itself, tells the rest when it has started."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _gpus() -> int:

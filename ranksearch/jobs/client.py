@@ -26,7 +26,9 @@ _TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_
 """Ray's modules that tell on stderr what they upload."""
 _POLL_SECONDS = 1.0
 _RECONNECTIONS = 5
-"""How often in a row the log may be lost before it is given up."""
+"""How often in a row the log may be lost before it is given up; the pauses double, to a minute in all."""
+_FINAL = (401, 403, 404)
+"""HTTP states that stay as they are: the token is wrong, or there is no such job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class JobServer:
         shown, failures = 0, 0
         while True:
             skip = shown
+            lost: Exception | None = None
             try:
                 for text in self._tail(id):
                     # A new connection begins with the whole log again.
@@ -107,18 +110,23 @@ class JobServer:
                         shown, failures = shown + len(fresh), 0
                         yield fresh
             except Exception as error:  # whatever the network, aiohttp or the server raise
-                failures += 1
-                if failures > _RECONNECTIONS:
-                    raise JobError(
-                        f"the log of {id} at {self.address} was lost: {_reason(error)}. The job may go on: see "
-                        f"`ranksearch status {id}`."
-                    ) from error
-            if self.job(id).ended:
-                rest = self.logs(id)[shown:]
-                if rest:
-                    yield rest
-                return
-            time.sleep(_POLL_SECONDS)
+                lost = error
+            try:
+                if self.job(id).ended:
+                    if rest := self.logs(id)[shown:]:
+                        yield rest
+                    return
+            except JobError as error:
+                if isinstance(error.__cause__, Exception) and _status(error.__cause__) in _FINAL:
+                    raise
+                lost = error
+            failures = failures + 1 if lost else 0
+            if lost and failures > _RECONNECTIONS:
+                raise JobError(
+                    f"the log of {id} at {self.address} was lost: {_reason(lost)}. The job may go on: see "
+                    f"`ranksearch status {id}`."
+                ) from lost
+            time.sleep(_POLL_SECONDS * 2**failures)
 
     def _tail(self, id: str) -> Iterator[str]:
         """The log from its beginning, as it grows."""

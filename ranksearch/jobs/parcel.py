@@ -20,7 +20,7 @@ from typing import Any
 import ranksearch
 from ranksearch.config import Check, load_space, read_document
 from ranksearch.errors import JobError
-from ranksearch.secrecy import VARIABLE, bundle, has_password, looks_secret
+from ranksearch.secrecy import SHORTEST, VARIABLE, bundle, has_password, looks_secret
 from ranksearch.space import Space
 
 MOST_MIB = 100
@@ -125,9 +125,9 @@ def wrap(
     folder = _folder(space, path)
     files, elsewhere = _files(space, path, folder)
     named = set(VARIABLE.findall(str(document))) | set(own) | set(space.job.secrets)
-    public, hidden = _variables(named, space, variables)
     if storage is not None:
-        (hidden if has_password(storage) else public)["RANKSEARCH_STORAGE"] = storage
+        named, variables = named | {"RANKSEARCH_STORAGE"}, {**variables, "RANKSEARCH_STORAGE": storage}
+    public, hidden = _variables(named, space, variables, own)
     name = study or space.name or "search"
     arguments = [space.job.python, "-m", "ranksearch.jobs.entry", files[0].as_posix(), "--study", name]
     arguments += ["--resume"] if resume else []
@@ -156,8 +156,14 @@ def _cluster(space: Space) -> list[str]:
     return ["resources.engine=ray"] + (["resources.address=auto"] if space.resources.address == "local" else [])
 
 
-def _variables(named: Iterable[str], space: Space, values: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The variables that travel: those that everybody may see, and the secret ones."""
+def _variables(
+    named: Iterable[str], space: Space, values: Mapping[str, str], own: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The variables that travel: those that everybody may see, and the secret ones.
+
+    A variable of ``own``, ``job.environment`` as it is written, is secret too if it is made of a secret one; so is any
+    that holds the value of one.
+    """
     uri = set(VARIABLE.findall(space.tracking.uri or ""))
     public: dict[str, str] = {}
     hidden: dict[str, str] = {}
@@ -169,6 +175,11 @@ def _variables(named: Iterable[str], space: Space, values: Mapping[str, str]) ->
             )
         secret = name in uri or name in space.job.secrets or looks_secret(name) or has_password(values[name])
         (hidden if secret else public)[name] = values[name]
+    telling = [value for value in hidden.values() if len(value) >= SHORTEST]
+    for name, value in list(public.items()):
+        made_of = set(VARIABLE.findall(own.get(name, "")))
+        if made_of & hidden.keys() or any(part in value for part in telling):
+            hidden[name] = public.pop(name)
     return public, hidden
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,19 +101,25 @@ def _input_shape(conv: Conv) -> tuple[int, ...]:
 def _errors(
     rank_map: RankMap, dense: nn.Module, compressed: nn.Module, batches: Iterable[Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Layer to its relative errors alone and in place."""
+    """Layer to its relative errors alone and in place. Of one batch, the dense layers' outputs are held at once."""
     sums = {name: [0.0, 0.0, 0.0] for name in rank_map.layers}
     """Squared differences alone and in place, squared outputs."""
+    outputs: dict[str, deque[Tensor]] = {name: deque() for name in rank_map.layers}
+    """Of the dense layers, call after call."""
+
+    def hear_dense(name: str, x: Tensor, y: Tensor) -> None:
+        sums[name][0] += _squared(compressed.get_submodule(name)(x) - y)
+        sums[name][2] += _squared(y)
+        outputs[name].append(y.clone())  # what follows may change it in place
+
+    def hear_compressed(name: str, _: Tensor, changed: Tensor) -> None:
+        sums[name][1] += _squared(changed - outputs[name].popleft())
+
     for images in batches:
-        with _heard(dense, rank_map.layers) as ours:
+        with _heard(dense, rank_map.layers, hear_dense):
             dense(images)
-        with _heard(compressed, rank_map.layers) as theirs:
+        with _heard(compressed, rank_map.layers, hear_compressed):
             compressed(images)
-        for name in rank_map.layers:
-            chain = compressed.get_submodule(name)
-            for (x, y), (_, changed) in zip(ours[name], theirs[name], strict=True):
-                for i, difference in enumerate((chain(x) - y, changed - y, y)):
-                    sums[name][i] += float(difference.double().square().sum())
     return {
         name: ((alone / total) ** 0.5, (in_place / total) ** 0.5)
         for name, (alone, in_place, total) in sums.items()
@@ -120,20 +127,22 @@ def _errors(
     }
 
 
+def _squared(values: Tensor) -> float:
+    return float(values.double().square().sum())
+
+
 @contextmanager
-def _heard(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Inputs and outputs of the named modules, call after call."""
-    heard: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+def _heard(model: nn.Module, names: Iterable[str], hear: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Every call of the named modules is told with its input and output."""
     handles = []
-    for name, calls in heard.items():
+    for name in names:
 
-        def hear(_: nn.Module, args: Any, output: Tensor, calls: list[tuple[Tensor, Tensor]] = calls) -> None:
-            # Copied: what follows may change them in place.
-            calls.append((args[0].clone(), output.clone()))
+        def told(_: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+            hear(name, args[0], output)
 
-        handles.append(model.get_submodule(name).register_forward_hook(hear))
+        handles.append(model.get_submodule(name).register_forward_hook(told))
     try:
-        yield heard
+        yield
     finally:
         for handle in handles:
             handle.remove()

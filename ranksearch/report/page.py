@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor
 
 from ranksearch.data import Data, to_input
@@ -20,6 +21,10 @@ from ranksearch.storage import Store
 
 _IMAGES = 256
 """Calibration images on which the errors of layers are measured."""
+_BATCH = 8
+"""Of them at a time: the outputs of all replaced layers are held meanwhile."""
+_EPOCHS = 12
+"""Of a training that are shown at most."""
 _SLOWER = 1.05
 """A layer is called slower than dense from this ratio of latencies on: below, a stopwatch may be wrong."""
 
@@ -70,8 +75,8 @@ def write_report(
 
 def _batches(data: Data, rank_map: RankMap) -> Iterator[Tensor]:
     images = data.calibration[:_IMAGES]
-    for start in range(0, len(images), 64):
-        yield to_input(images[start : start + 64], data, scoring_of(rank_map)[2])
+    for start in range(0, len(images), _BATCH):
+        yield to_input(images[start : start + _BATCH], data, scoring_of(rank_map)[2])
 
 
 def page(found: Comparison, layers: Sequence[LayerReport]) -> str:
@@ -211,7 +216,8 @@ def _curves(rank_map: RankMap) -> str:
     curves: Any = rank_map.provenance.get("finetune", {}).get("curves", {})
     rows = []
     for name, curve in curves.items():
-        for epoch in curve[:: max(1, len(curve) // 12)]:
+        for i in np.linspace(0, len(curve) - 1, min(len(curve), _EPOCHS)).round().astype(int):
+            epoch = curve[i]
             averaged = epoch["accuracy_ema"]
             cells = (
                 html.escape(name),

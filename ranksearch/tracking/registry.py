@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import tempfile
 import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowException
+from mlflow import MlflowClient, MlflowException
 from mlflow.models import infer_signature
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from ranksearch.rankmap import RankMap
 from ranksearch.space import TrackingSpec
@@ -80,12 +82,20 @@ def register(
         client.log_dict(run_id, document, "rank_map.json")
         client.log_artifacts(run_id, str(Path(place, "model")), "model")
         client.set_terminated(run_id, "FINISHED")
-        with suppress(MlflowException):  # there is one of this name already
-            client.create_registered_model(model)
+        _name(client, model)
         source = f"{run.info.artifact_uri}/model"
         made = client.create_model_version(model, source, run_id, tags={"study": study, "trial": str(trial)})
         client.set_registered_model_alias(model, alias, made.version)
         return Registered(uri=uri, model=model, version=str(made.version))
+
+
+def _name(client: MlflowClient, model: str) -> None:
+    """Have a model of this name in the registry."""
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
 
 
 def _save(network: Any, path: Path, rank_map: RankMap, metadata: dict[str, Any]) -> None:
@@ -97,6 +107,9 @@ def _save(network: Any, path: Path, rank_map: RankMap, metadata: dict[str, Any])
     images = torch.randn(_IMAGES, *rank_map.model.input_shape, generator=generator)
     with torch.no_grad():
         signature = infer_signature(images.numpy(), network(images).numpy())
+    # A pickle, which versions of MLflow write by default, could be read beside ranksearch only.
+    stated = "serialization_format" in inspect.signature(mlflow.pytorch.save_model).parameters
+    form: dict[str, Any] = {"serialization_format": "pt2"} if stated else {"export_model": True}
     # The export warns of its own deprecations, and draws a bar.
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -107,4 +120,5 @@ def _save(network: Any, path: Path, rank_map: RankMap, metadata: dict[str, Any])
             input_example=images.numpy(),
             pip_requirements=[f"torch=={version('torch').split('+')[0]}", f"mlflow=={version('mlflow')}", "numpy"],
             metadata=metadata,
+            **form,
         )

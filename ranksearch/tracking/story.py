@@ -7,6 +7,7 @@ import json
 from math import isnan
 from pathlib import Path
 
+import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from ranksearch.space import TrackingSpec
@@ -67,7 +68,7 @@ def view_state(study: str) -> str:
             "lifecycleFilter": "Active",
             "modelVersionFilter": "All Runs",
             "datasetsFilter": [],
-            "selectedColumns": ["attributes.`Source`", *COLUMNS],
+            "selectedColumns": list(COLUMNS),
             "viewMaximized": True,
         }
     )
@@ -85,7 +86,7 @@ def about(study: Study, run_id: str = "") -> str:
     ]
     if not run_id:
         return "\n".join([*lines, f"It is running: `ranksearch dashboard {name}` follows it.", ""])
-    lines += [f"![front](get-artifact?path=front.png&run_uuid={run_id})", "", *_table(study)]
+    # MLflow folds all but the first lines, so what to do comes first.
     lines += [
         "Go on with:",
         "",
@@ -95,6 +96,9 @@ def about(study: Study, run_id: str = "") -> str:
         f"ranksearch publish {name} --knee --alias champion",
         "```",
         "",
+        *_table(study),
+        f"![front](get-artifact?path=front.png&run_uuid={run_id})",
+        "",
     ]
     return "\n".join(lines)
 
@@ -103,9 +107,9 @@ def _table(study: Study) -> list[str]:
     front = study.front()
     if front.empty:
         return ["No trial is on the front.", ""]
-    step = max(1, -(-len(front) // _ROWS))
+    shown = np.linspace(0, len(front) - 1, min(len(front), _ROWS)).round().astype(int)
     lines = ["| trial | accuracy % (report) | search % | MACs % | parameters |", "|---|---|---|---|---|"]
-    for row in front.iloc[::-1].iloc[::step].to_dict("records"):
+    for row in front.iloc[::-1].iloc[shown].to_dict("records"):
         report = "" if isnan(row["accuracy"]) else f"{100 * row['accuracy']:.2f}"
         cells = (row["trial"], report, f"{100 * row['accuracy_search']:.2f}", f"{100 * row['macs_ratio']:.1f}")
         lines.append("| " + " | ".join(map(str, cells)) + f" | {row['params']:,} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,8 @@ from ranksearch.tracking.store import shown
 from ranksearch.tracking.story import about, about_trial, inputs, view_tag
 from ranksearch.tracking.tracker import NOTE, Tracker, TrialRecord
 from ranksearch.trial import Trial
+
+_logger = logging.getLogger("ranksearch")
 
 
 @contextmanager
@@ -107,7 +110,10 @@ class View:
         front = study.front_trials(trials)
         files: dict[str, Path | str | bytes] = {}
         if front:
-            files |= _pictures(study, trials, front)
+            try:
+                files |= _pictures(study, trials, front)
+            except Exception as error:  # whatever drawing raises: the run is ended as it is, and what ends it goes on
+                _logger.warning("The pictures of %s cannot be drawn, MLflow is left without: %s", study.name, error)
             files["rank_map.json"] = rank_map_of(study, choose(study, knee_point=True)).model_dump_json(indent=2)
         self._tracker.finish(
             status=status,

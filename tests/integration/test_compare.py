@@ -35,6 +35,7 @@ SMALL = [
     "formats=[tucker2, svd]",
     "budget.trials=3",
     "strategy.seed_points=1",
+    "strategy.name=optuna",
     "strategy.options={population_size: 4}",
 ]
 UNTRACKED = "tracking.enabled=false"

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("dash", reason="needs Dash: pip install 'ranksearch[dashboard]'")
 
-from dashboards.feed import Feed
+from dashboards.app import _others, _picture
+from dashboards.feed import Feed, _judged
 from dashboards.figures import DRAWN, front_of, thinned
 from dashboards.server import feeds_of, serving
 from ranksearch.cli import main
@@ -101,6 +106,52 @@ def test_a_feed_follows_the_study_and_never_writes(storage: Path) -> None:
     assert journal.read_bytes().startswith(before), "only the driver has written"
 
 
+def test_a_search_of_another_machine_is_judged_by_its_trials(storage: Path) -> None:
+    study = begun("away", 3, total=4)
+    lock = study.folder / "driver.lock"
+    for holder in ("12 on elsewhere", "12 on elsewhere since 2026-01-01 00:00:00 UTC"):
+        lock.write_text(holder, encoding="utf-8")
+        assert Feed(study).snapshot.state == "running", "a trial has just ended"
+    now = time.time() * 1000
+    ended = study.trials()
+    assert _judged(ended, now + 3_600_000) == "stopped"
+    running = study.begin(Proposal(choices=TABLE.dense, origin="test"), index=3)
+    assert _judged([*ended, running], now) == "running"
+    assert _judged([*ended, running], now + 3_600_000) == "unknown"
+    slow = [replace(one, start_ms=one.end_ms - 3_000_000) for one in ended]
+    assert _judged([*slow, running], now + 3_600_000) == "running", "its trials take as long as this"
+    study.finish(running, proposal_outcome(TABLE, running.proposal))
+    copy = Feed(study)
+    assert copy.snapshot.state == "finished", "whatever the lock of a copied store says"
+    lock.write_text(f"12 on {os.uname().nodename}", encoding="utf-8")
+    study.extend(9)
+    copy.refresh()
+    assert copy.snapshot.state == "stopped", "nobody holds the lock that this machine left"
+
+
+def test_a_search_in_a_database_may_be_driven_from_elsewhere(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the files of a database's studies are
+    monkeypatch.setenv("RANKSEARCH_STORAGE", f"sqlite:///{tmp_path / 'studies.db'}")
+    study = begun("shared", 1)
+    study.begin(Proposal(choices=TABLE.dense, origin="test"), index=1)
+    assert Feed(study).snapshot.state == "running"
+
+
+def test_the_rate_is_that_of_the_present_driver(storage: Path) -> None:
+    study = begun("resumed", 5)
+    study.begin(Proposal(choices=TABLE.dense, origin="test"), index=5)  # left by a driver that was killed
+    time.sleep(0.5)
+    with study.driving():
+        study.recover()
+        time.sleep(0.5)  # the network is prepared again
+        before = len(study.trials())
+        go_on(study, 4)
+        ends = [trial.end_ms for trial in study.trials()[before:]]
+        assert Feed(study).snapshot.per_minute == pytest.approx(60_000 * 3 / (ends[-1] - ends[0]))
+
+
 def test_a_half_written_line_is_left_to_its_driver(storage: Path) -> None:
     journal = begun("torn", 5).folder / "journal.log"
     with journal.open("ab") as file:
@@ -110,18 +161,75 @@ def test_a_half_written_line_is_left_to_its_driver(storage: Path) -> None:
     assert journal.read_bytes() == before
 
 
-def test_few_of_many_dominated_trials_are_drawn_and_each_left_out_is_near_one(storage: Path) -> None:
+def test_few_of_many_dominated_trials_are_drawn(storage: Path) -> None:
     feed = Feed(begun("many", 40))
     shown = feed.snapshot
     dominated = [t for t in shown.trials.values() if t.outcome and t not in shown.front]
-    assert thinned(dominated, 1.0) == dominated
-    few = thinned(dominated, 1.0, limit=12)
+    assert thinned(dominated) == dominated
+    few = thinned(dominated, limit=12)
     assert 2 <= len(few) <= 12 < len(dominated)
     assert set(map(id, few)) <= set(map(id, dominated))
     assert len(dominated) < DRAWN
     drawn = front_of(shown, (), {"A": shown.front[0].number})
     assert len(drawn["data"][0]["x"]) == len(dominated)
     assert drawn["layout"]["annotations"][-1]["text"] == "<b>A</b>"
+
+
+def test_each_trial_that_is_left_out_is_near_one_that_is_drawn(storage: Path) -> None:
+    places = np.random.default_rng(0).uniform(0, 0.1, (400, 2))
+    places[-1] = 1, 1  # far from all others, and the last
+    first = begun("base", 1).trials()[0]
+    assert first.outcome is not None
+    outcomes = [replace(first.outcome, macs=int(1e6 * x), accuracy_search=float(y)) for x, y in places]
+    trials = [replace(first, number=i, outcome=outcome) for i, outcome in enumerate(outcomes)]
+    kept = [t.number for t in thinned(trials, limit=30)]
+    assert len(kept) <= 30
+    apart = np.abs(places[:, None] - places[kept]).max(axis=2).min(axis=1)
+    assert apart.max() <= 1 / 5 + 1e-6, "a grid of five by five cells has fewer than thirty"
+
+
+def test_a_mark_is_where_its_dot_is(storage: Path) -> None:
+    study = Store().create("marked", setting_of(space_of()))
+    for index in range(12):  # all are scored on the report images, which say less than the search images
+        proposal = RANDOM.propose(TABLE, study.trials())
+        assert isinstance(proposal, Proposal)
+        outcome = proposal_outcome(TABLE, proposal)
+        outcome = replace(outcome, accuracy=outcome.accuracy_search - 0.05, report_images=1000)
+        study.finish(study.begin(proposal, index=index), outcome)
+    shown = Feed(study).snapshot
+    front = {t.number for t in shown.front}
+    for number in shown.trials:
+        drawn = front_of(shown, (), {"A": number})
+        trace, mark = drawn["data"][number in front], drawn["layout"]["annotations"][-1]
+        dots = dict(zip(trace["customdata"], zip(trace["x"], trace["y"], strict=True), strict=True))
+        assert (mark["x"], mark["y"]) == pytest.approx(dots[number])
+    assert 0 < len(front) < len(shown.trials)
+
+
+def test_importance_is_of_the_first_objective_and_of_the_trials_that_were_read(storage: Path) -> None:
+    study = Store().create("other", setting_of(space_of(objectives=["loss", "macs"])))
+    go_on(study, 30)
+    expected = study.importance("loss")
+    shown = Feed(study).snapshot
+    del study._storage  # a page that is drawn never reads it
+    drawn = _picture("importance", shown, (), {})
+    assert "the loss" in drawn.title
+    assert dict(zip(drawn.series[0].y, drawn.series[0].x, strict=True)) == pytest.approx(
+        {name: 100 * share for name, share in expected.items()}
+    )
+
+
+def test_only_studies_of_the_same_weights_and_data_are_drawn_together(storage: Path) -> None:
+    whole = setting_of(space_of())
+    stranger = replace(whole, model=whole.model.model_copy(update={"weights_sha256": "1"}))
+    studies = {
+        "this": whole,
+        "same": setting_of(space_of(seed=5)),
+        "weights": stranger,
+        "images": replace(whole, data_digest="2"),
+    }
+    feeds = {name: Feed(Store().create(name, setting)) for name, setting in studies.items()}
+    assert [one.study.name for one in _others(feeds["this"].snapshot, feeds)] == ["same"]
 
 
 def test_only_this_machine_is_answered_and_nothing_can_be_framed(storage: Path) -> None:
@@ -140,6 +248,15 @@ def test_studies_that_are_not_there_or_too_many_are_refused(storage: Path) -> No
         pass
     with pytest.raises(StudyError, match="at most 7"), feeds_of(Store(), [f"s{i}" for i in range(8)]):
         pass
+
+
+_PLACE = """([x, y]) => {
+    const graph = document.querySelector('#front .js-plotly-plot');
+    graph.scrollIntoView({block: 'center'});
+    const {left, top} = graph.getBoundingClientRect(), {xaxis, yaxis} = graph._fullLayout;
+    return {x: left + xaxis._offset + xaxis.l2p(x), y: top + yaxis._offset + yaxis.l2p(y)};
+}"""
+"""Where a point of the front's picture is on the screen."""
 
 
 def text(page: Any, selector: str) -> str:
@@ -172,6 +289,18 @@ def test_a_live_search_is_followed_by_keyboard_by_day_and_by_night(storage: Path
         knee = study.rank_map(knee=True).provenance["trial"]
         page.wait_for_function(f"document.querySelector('#details').innerText.includes('B: trial {knee}.')")
         assert page.locator("#details tbody tr").count() == len(TABLE.layers)
+        # On the picture: the same point becomes A and then B.
+        end = study.front_trials()[-1]
+        assert end.outcome is not None
+        place = page.evaluate(_PLACE, [end.outcome.macs / 1e9, 100 * float(study.front()["accuracy"].iloc[-1])])
+        for slot in ("A", "B"):
+            page.click(f"#slot >> text=point {slot}")
+            page.mouse.move(place["x"] - 1, place["y"])
+            page.mouse.click(place["x"], place["y"])
+            said = f"{slot}: trial {end.number}."
+            page.wait_for_function(f"document.querySelector('#details').innerText.includes('{said}')")
+        page.click("#pick")
+        page.wait_for_function(f"document.querySelector('#details').innerText.includes('B: trial {knee}.')")
         page.click("#rule >> text=% of the MACs")
         page.fill("#amount", "0.1")
         page.click("#pick")

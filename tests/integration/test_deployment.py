@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ranksearch.cli import main
 from ranksearch.deployment import TARGETS, deploy
 from ranksearch.deployment.target import Job
 from ranksearch.errors import ExportError
@@ -122,9 +125,43 @@ def test_a_map_without_weights_is_decomposed_first(tmp_path: Path) -> None:
     assert found.rank_map.provenance["applied_afresh"] == "weight-only"
 
 
-def test_a_python_module_imports_torch_alone(stored: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_dense_weights_are_refused_where_stored_ones_are_exported(
+    stored: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    weights, before = tmp_path / "dense.safetensors", {stored[0]}
+    with pytest.raises(ExportError, match=r"dense.safetensors would not be used. Give --data or --model too"):
+        deploy(stored[0], tmp_path / "new.pt2", to="pt2", images="noise", trust=True, weights=weights)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_versions_are_those_of_modules_whatever_they_were_installed_from(
+    stored: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    needing = dataclasses.replace(TARGETS["safetensors"], packages=("onnxruntime",))
+    monkeypatch.setitem(TARGETS, "safetensors", needing)
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    found = deploy(stored[0], tmp_path / "new.safetensors", to="safetensors", images="noise", trust=True)
+    assert json.loads(found.manifest.read_text())["versions"]["onnxruntime"] == onnxruntime.__version__
+
+
+def test_a_python_module_imports_torch_alone_and_states_its_own_costs(
+    stored: tuple[Path, nn.Module], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "network.py"
-    deploy(stored[0], target, to="python", images="noise", trust=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["apply", str(stored[0]), "--to", "python", "-o", str(target), "--images", "noise", "--trust"])
+    out, err = capsys.readouterr()
+    assert ended.value.code in (0, None), err
+    manifest = json.loads((tmp_path / "network.py.manifest.json").read_text())
+    assert manifest["macs"] < manifest["rank_map"]["macs"], "nothing was merged"
+    assert f"{manifest['macs']:,} MACs" in out
+    share = 100 * manifest["macs"] / manifest["dense_macs"]
+    text = target.read_text()
+    assert f"{manifest['macs']:,} MACs per image" in text
+    assert f"to {share:.1f} % of its MACs" in text
     imported = set()
     for node in ast.walk(ast.parse(target.read_text())):
         if isinstance(node, ast.Import):

@@ -317,6 +317,10 @@ def test_resources_that_are_not_here_are_told_at_once() -> None:
         check(ResourcesSpec(engine="ray", gpus_per_trial=gpus + 1))
     with pytest.raises(EngineError, match=r"none fits\. Lower resources\.cpus_per_trial"):
         check(ResourcesSpec(engine="ray", cpus_per_trial=4 * cpus))
+    with pytest.raises(EngineError, match=r"no such label\): none fits\. Start machines with `ray start --labels`"):
+        check(ResourcesSpec(engine="ray", labels={"kind": "fast"}))
+    with pytest.raises(EngineError, match=r"none fits\. Lower resources\.memory_gb_per_trial"):
+        check(ResourcesSpec(engine="ray", memory_gb_per_trial=1e6))
 
 
 def test_an_error_of_the_system_is_an_interruption(tmp_path: Path) -> None:

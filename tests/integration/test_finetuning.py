@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ranksearch.cli import main
 from ranksearch.data import load_data
@@ -23,13 +25,15 @@ from ranksearch.handover import compare
 from ranksearch.models import build_model
 from ranksearch.rankmap import RankMap
 from ranksearch.retraining import Retraining, Schedule
-from ranksearch.space import DataSpec, FineTuneSpec, ModelSpec, TrackingSpec
+from ranksearch.space import AugmentSpec, DataSpec, FineTuneSpec, ModelSpec, TrackingSpec
 from tests.killed import fine_tune_in_child
 from tests.maps import rank_map_for
 
 DATA = DataSpec(train_images=320, calibration_images=64, search_images=100, report_images=200, mean=[0.3], std=[0.4])
 SPEC = FineTuneSpec(epochs=6, batch_images=32, learning_rate=0.05, distill=0.2)
 """Sixty steps."""
+EPOCHS = 30
+"""Of the training that is killed."""
 SHAPE = (1, 8, 8)
 
 
@@ -116,44 +120,91 @@ def test_an_interrupted_one_ends_in_the_same_bits_and_in_one_run(rank_map: Path,
 def test_ten_kills_at_random_moments_change_no_bit(rank_map: Path, tmp_path: Path, storage: Path) -> None:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.killed", "sklearn.datasets"])
-    started = tmp_path / "started"
+    started, spec = tmp_path / "started", SPEC.model_copy(update={"epochs": EPOCHS})
 
     def begin(output: Path) -> Any:
         started.unlink(missing_ok=True)
-        child = processes.Process(target=fine_tune_in_child, args=(rank_map, output, SPEC, storage, started))
+        child = processes.Process(target=fine_tune_in_child, args=(rank_map, output, spec, storage, started))
         child.start()
-        while not started.exists():
-            assert child.is_alive() or output.exists()
+        while not started.exists() and child.is_alive():
             time.sleep(0.005)
         return child
 
-    child, begun = begin(tmp_path / "whole.json"), time.perf_counter()
-    child.join(200)
-    assert child.exitcode == 0
-    seconds = time.perf_counter() - begun
+    def finish(output: Path) -> float:
+        child, begun = begin(output), time.perf_counter()
+        child.join(300)
+        assert child.exitcode == 0
+        return time.perf_counter() - begun
 
-    moments = random.Random(0)
-    kills = 0
-    output = tmp_path / "parts.json"
-    while kills < 10 and not output.exists():
+    seconds = finish(tmp_path / "whole.json")
+    moments, output = random.Random(0), tmp_path / "parts.json"
+    for _ in range(10):
         child = begin(output)
-        time.sleep(moments.uniform(0, seconds / 5))
+        # One epoch in the mean, so that ten kills come before the end even where they meet a faster machine.
+        time.sleep(moments.uniform(0, 2 * seconds / EPOCHS))
         child.kill()
         child.join(60)
-        kills += child.exitcode == -9
-    child = begin(output) if not output.exists() else child
-    child.join(200)
-    assert kills >= 5
-    assert child.exitcode == 0
+        assert child.exitcode == -signal.SIGKILL, "it had ended before it was killed"
+    finish(output)
     assert same(load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "parts.safetensors"))
 
 
-def _retraining(tmp_path: Path, *, ema: float = 0.5, spec: FineTuneSpec = SPEC, dtype: Any = torch.float32) -> Any:
+def _retraining(
+    tmp_path: Path,
+    *,
+    ema: float = 0.5,
+    spec: FineTuneSpec = SPEC,
+    dtype: Any = torch.float32,
+    of: DataSpec = DATA,
+    teacher: nn.Module | None = None,
+) -> Any:
     model = build_model(ModelSpec(name="digits-cnn"), weights=None)
-    dense = build_model(ModelSpec(name="digits-cnn"), weights=None)
-    data = load_data(DATA, cache=tmp_path, seed=0)
+    dense = teacher or build_model(ModelSpec(name="digits-cnn"), weights=None)
+    data = load_data(of, cache=tmp_path, seed=0)
     schedule = Schedule(spec=spec, dtype=dtype, ema_decay=ema, seed=0, threads=1, batch_images=100)
     return Retraining(model, dense, data, schedule, chains={}, checkpoint=tmp_path / "checkpoint.pt")
+
+
+class Dropping(nn.Sequential):
+    """A network that draws numbers in training."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layers = (nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 10))
+        super().__init__(*layers)
+        self.eval()
+
+
+def test_what_layers_draw_is_the_trainings_own_through_an_interruption(tmp_path: Path) -> None:
+    data = load_data(DATA, cache=tmp_path, seed=0)
+    spec = FineTuneSpec(epochs=3, batch_images=64, learning_rate=0.05)
+    schedule = Schedule(spec=spec, dtype=torch.float32, ema_decay=0.5, seed=0, threads=1, batch_images=100)
+
+    def training(name: str) -> Retraining:
+        return Retraining(Dropping(), Dropping(), data, schedule, chains={}, checkpoint=tmp_path / name)
+
+    def interrupt(curve: list[Any]) -> None:
+        if len(curve) == 2:
+            raise Killed
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    whole = training("whole")
+    whole.run()
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator was drawn from"
+    with pytest.raises(Killed):
+        training("parts").run(watch=interrupt)
+    torch.manual_seed(2)
+    parts = training("parts")
+    parts.run()
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+    assert whole.curve == parts.curve
+    still = Dropping()
+    still[3] = nn.Identity()
+    other = Retraining(still, Dropping(), data, schedule, chains={}, checkpoint=tmp_path / "still")
+    other.run()
+    assert other.curve != whole.curve, "nothing was dropped"
 
 
 def test_the_average_is_that_of_all_steps(tmp_path: Path) -> None:
@@ -171,6 +222,12 @@ def test_the_average_is_that_of_all_steps(tmp_path: Path) -> None:
     assert training.curve[-1].steps == 7
 
 
+def test_epochs_are_those_asked_for_where_batches_leave_a_remainder(tmp_path: Path) -> None:
+    training = _retraining(tmp_path, spec=FineTuneSpec(epochs=3, batch_images=60, learning_rate=0.01))
+    training.run()
+    assert [(one.epoch, one.steps) for one in training.curve] == [(n, 5 * n) for n in (1, 2, 3)]
+
+
 def test_mixed_precision_trains_float32_weights(tmp_path: Path) -> None:
     training = _retraining(tmp_path, spec=FineTuneSpec(steps=3, batch_images=16), dtype=torch.bfloat16)
     before = training.model.state_dict()["stem.weight"].clone()
@@ -182,9 +239,22 @@ def test_mixed_precision_trains_float32_weights(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
-    _retraining(tmp_path, spec=FineTuneSpec(steps=2, batch_images=16)).run()
-    with pytest.raises(ModelError, match="its own checkpoint only"):
-        _retraining(tmp_path, spec=FineTuneSpec(steps=3, batch_images=16))
+    spec = FineTuneSpec(steps=2, batch_images=16)
+    _retraining(tmp_path, spec=spec).run()
+    assert _retraining(tmp_path, spec=spec).training.steps == 2
+    other = build_model(ModelSpec(name="digits-cnn"), weights=None)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    different: list[dict[str, Any]] = [
+        {"spec": FineTuneSpec(steps=3, batch_images=16)},
+        {"teacher": other},
+        {"of": DATA.model_copy(update={"mean": [0.25]})},
+        {"of": DATA.model_copy(update={"std": [0.5]})},
+        {"of": DATA.model_copy(update={"augment": AugmentSpec(flip=True)})},
+    ]
+    for given in different:
+        with pytest.raises(ModelError, match="its own checkpoint only"):
+            _retraining(tmp_path, **{"spec": spec, **given})
     (tmp_path / "checkpoint.pt").write_bytes(b"nothing")
     with pytest.raises(ModelError, match="cannot read the checkpoint"):
         _retraining(tmp_path)

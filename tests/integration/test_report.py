@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranksearch.cli import main
+from ranksearch.data import load_data
 from ranksearch.handover import Comparison, Measured
 from ranksearch.models import build_model
 from ranksearch.rankmap import RankMap
 from ranksearch.report import LayerReport, measure_layers, page
-from ranksearch.report.page import expectations
+from ranksearch.report.page import _batches, expectations
 from ranksearch.space import DataSpec, ModelSpec
 from ranksearch.surgery import apply_rank_map, find_layers
 from tests.maps import rank_map_for
@@ -65,6 +69,53 @@ def test_errors_are_those_of_the_outputs(layers: list[LayerReport]) -> None:
     assert found.error == pytest.approx(float(alone), rel=1e-5)
     assert found.error_in_place == pytest.approx(float(in_place), rel=1e-5)
     assert found.error != pytest.approx(found.error_in_place, rel=1e-3)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the numbers that are copied of batches of ``images``."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.images, self.numbers = images, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.clone.default and found.shape[:1] == (self.images,):
+            self.numbers += found.numel()
+        return found
+
+
+def test_of_a_batch_only_the_dense_outputs_are_held() -> None:
+    dense, images = small_net(), small_images(7)
+    rank_map = rank_map_for("small", dense, SmallNet.shape, {"body.strided": ("tucker2", (3, 4))})
+    compressed = apply_rank_map(rank_map, dense).eval()
+    with Copies(7) as own, torch.no_grad():
+        dense(images)
+        compressed(images)
+    with Copies(7) as copies:
+        measure_layers(rank_map, dense, compressed, [images])
+    assert copies.numbers - own.numbers == 7 * 12 * 5 * 5
+
+
+def test_a_page_takes_few_images_at_a_time(tmp_path: Path) -> None:
+    data = load_data(
+        DataSpec(train_images=64, calibration_images=20, search_images=10, report_images=10), cache=tmp_path, seed=0
+    )
+    rank_map = rank_map_for("digits-cnn", build_model(ModelSpec(name="digits-cnn"), weights=None), (1, 8, 8), {})
+    batches = list(_batches(data, rank_map))
+    assert [len(images) for images in batches] == [8, 8, 4]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 12, 13, 60])
+def test_a_curve_is_shown_from_its_first_epoch_to_its_last(epochs: int, compared: Comparison) -> None:
+    curve = [{"epoch": n + 1, "loss": 1.0, "accuracy": 0.5, "accuracy_ema": None} for n in range(epochs)]
+    rank_map = compared.rank_map.model_copy(update={"provenance": {"finetune": {"curves": {"compressed": curve}}}})
+    section = page(replace(compared, rank_map=rank_map), []).partition("Fine-tuning")[2].partition("</table>")[0]
+    shown = [int(found) for found in re.findall(r"<td>compressed</td><td>(\d+)</td>", section)]
+    assert (shown[0], shown[-1], len(shown)) == (1, epochs, min(12, epochs))
+    gaps = {later - earlier for earlier, later in pairwise(shown)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert 0 not in gaps
 
 
 def measured(accuracy: float, macs: int, latency_ms: float) -> Measured:

@@ -45,6 +45,7 @@ SMALL = [
     "evaluation.refit_images=128",
     "evaluation.select_images=64",
     "strategy.seed_points=2",
+    "strategy.name=optuna",
     "strategy.options={population_size: 4}",
 ]
 UNTRACKED = "tracking.enabled=false"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,14 +13,16 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient
+from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS
 
 from ranksearch.errors import TrackingError
 from ranksearch.export import choose, load_compressed
@@ -32,7 +35,8 @@ from ranksearch.storage import Store
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.study import Study
 from ranksearch.tracking import Tracker, View
-from ranksearch.tracking.story import COLUMNS, view_key
+from ranksearch.tracking.registry import _name
+from ranksearch.tracking.story import COLUMNS, about, view_key
 from ranksearch.trial import Failure, Proposal
 from tests.studies import TABLE, setting_of, space_of
 from tests.tables import proposal_outcome
@@ -66,7 +70,7 @@ def runs_of(client: MlflowClient) -> tuple[Run, dict[int, Run], Any]:
 
 
 def test_the_run_tells_the_story_and_beyond_the_limit_only_the_front_has_runs(storage: Path) -> None:
-    study = Store().create("told", setting_of(space_of(tracking={"max_runs": 4})))
+    study = Store().create("told", setting_of(space_of(tracking={"max_runs": 4}, strategy={"name": "random"})))
     with closing(Tracker(TrackingSpec(), folder=storage)) as tracker:
         view = View(study, tracker)
         client = MlflowClient(tracking_uri=tracker.uri)
@@ -80,7 +84,7 @@ def test_the_run_tells_the_story_and_beyond_the_limit_only_the_front_has_runs(st
     assert trials.keys() == {0, 1, 2, 3} | once
     assert {n for n, run in trials.items() if run.data.tags["on_front"] == "true"} == front
     assert trials[1].data.tags["mlflow.note.content"].startswith("**Failed:** out of memory")
-    assert trials[0].data.tags["strategy"] == "optuna"
+    assert trials[0].data.tags["strategy"] == "random"
 
     note = parent.data.tags["mlflow.note.content"]
     assert f"get-artifact?path=front.png&run_uuid={parent.info.run_id}" in note
@@ -93,7 +97,7 @@ def test_the_run_tells_the_story_and_beyond_the_limit_only_the_front_has_runs(st
         "testing": "digits, report images",
     }
     state = json.loads(experiment.tags[f"mlflow.sharedViewState.{view_key('told')}"])
-    assert state["selectedColumns"][1:] == list(COLUMNS)
+    assert state["selectedColumns"] == list(COLUMNS)
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
     names = ("hypervolume", "hypervolume_over_time", "ranks", "macs", "sensitivity", "importance")
     assert pictures == {f"pictures/{name}.png" for name in names}
@@ -102,6 +106,35 @@ def test_the_run_tells_the_story_and_beyond_the_limit_only_the_front_has_runs(st
     with closing(Tracker(TrackingSpec(), folder=storage)) as tracker:
         View(study, tracker).sync(study.trials())
     assert runs_of(client)[1].keys() == trials.keys(), "a resume adds no run that the search left out"
+
+
+def test_a_long_front_is_told_from_its_dearest_point_to_its_cheapest(storage: Path) -> None:
+    study = Store().create("long", setting_of(space_of(tracking={"enabled": False})))
+    proposal = Proposal(choices=TABLE.dense, origin="test")
+    scored = proposal_outcome(TABLE, proposal)
+    for n in range(14):
+        point = replace(scored, accuracy_search=0.9 - 0.01 * n, accuracy=0.9, macs=scored.macs - n)
+        study.finish(study.begin(proposal, index=n), point)
+    assert len(study.front()) == 14
+    rows = [int(number) for number in re.findall(r"^\| (\d+) \|", about(study, "run"), flags=re.MULTILINE)]
+    assert (rows[0], rows[-1], len(rows)) == (0, 13, 12)
+    assert rows == sorted(set(rows))
+
+
+class Registry(MlflowClient):
+    """A registry that refuses new names."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def create_registered_model(self, *_: Any, **__: Any) -> Any:
+        raise MlflowException("refused", self.code)
+
+
+def test_only_a_name_that_is_there_already_is_no_error() -> None:
+    _name(Registry(RESOURCE_ALREADY_EXISTS), "digits")
+    with pytest.raises(MlflowException, match="refused"):
+        _name(Registry(PERMISSION_DENIED), "digits")
 
 
 def test_a_study_that_is_not_tracked_cannot_be_published(storage: Path) -> None:
@@ -123,7 +156,7 @@ def test_a_published_network_answers_as_the_exported_one(storage: Path, tmp_path
     assert (found.model, found.version) == ("digits-cnn", "2")
     client = MlflowClient(tracking_uri=found.uri)
     version = client.get_model_version_by_alias("digits-cnn", "champion")
-    assert (version.version, version.tags["trial"]) == ("2", str(trial.number))
+    assert (str(version.version), version.tags["trial"]) == ("2", str(trial.number))
 
     weights = tmp_path / "compressed.safetensors"
     rank_map = export_trial(study, trial, store, tmp_path / "rank_map.json", weights=weights)
@@ -131,19 +164,23 @@ def test_a_published_network_answers_as_the_exported_one(storage: Path, tmp_path
     images = np.random.default_rng(0).standard_normal((3, *rank_map.model.input_shape)).astype(np.float32)
     with torch.no_grad():
         expected = network(torch.from_numpy(images)).numpy()
-    assert np.allclose(answer(found.uri, images), expected, atol=1e-4)
+    assert np.allclose(answer(found.uri, images, tmp_path), expected, atol=1e-4)
 
 
-def answer(uri: str, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """What `mlflow models serve` answers to the images."""
+def answer(uri: str, images: np.ndarray[Any, Any], folder: Path) -> np.ndarray[Any, Any]:
+    """What `mlflow models serve` answers to the images, where ranksearch cannot be imported."""
+    without = folder / "without" / "ranksearch"
+    without.mkdir(parents=True)
+    (without / "__init__.py").write_text("raise ImportError('there is no ranksearch here')\n", encoding="utf-8")
+    env = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(without.parent)}
+    missing = subprocess.run([sys.executable, "-c", "import ranksearch"], env=env, cwd=folder, capture_output=True)
+    assert b"there is no ranksearch here" in missing.stderr
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/digits-cnn@champion"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(
-        command, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, start_new_session=True, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, env=env, cwd=folder, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         body = json.dumps({"inputs": images.tolist()}).encode()
         request = urllib.request.Request(

@@ -498,3 +498,24 @@ def test_no_password_is_shown(folder: Path) -> None:
     assert json.loads(document.read_text())["tracking"]["uri"] == "https://me:***@example.org/mlflow"
     for path in [*folder.glob("mlflow.db*"), *folder.glob("mlartifacts/**/*")]:
         assert path.is_dir() or b"Pa55word" not in path.read_bytes(), path
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_keep_the_run_from_its_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise ValueError("no font")
+
+    study = Store().create("plain", setting_of(space_of()))
+    proposal = Proposal(choices=TABLE.dense, origin="test")
+    study.finish(study.begin(proposal, index=0), proposal_outcome(TABLE, proposal))
+    with closing(Tracker(TrackingSpec(), folder=folder)) as tracker, caplog.at_level(logging.WARNING, "ranksearch"):
+        view = View(study, tracker)
+        monkeypatch.setattr("ranksearch.tracking.view.png", broken)
+        view.finish("KILLED")
+        client = MlflowClient(tracking_uri=tracker.uri)
+    assert "pictures of plain cannot be drawn" in caplog.text
+    assert "no font" in caplog.text
+    (parent,) = client.search_runs([run.experiment_id for run in client.search_experiments()])
+    assert parent.info.status == "KILLED"
+    assert "rank_map.json" in {file.path for file in client.list_artifacts(parent.info.run_id)}

@@ -33,7 +33,7 @@ def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_database_that_is_away_is_told_without_its_password() -> None:
     pytest.importorskip("psycopg")
-    finding = found(storage=f"postgresql://me:hunter2@127.0.0.1:{free_port()}/studies")["storage"]
+    finding = found(storage=f"postgresql://me:x/hunter2@127.0.0.1:{free_port()}/studies")["storage"]
     assert finding.state == "failure"
     assert "cannot reach the storage" in finding.found
     assert "hunter2" not in finding.found + finding.remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,17 @@ def test_fine_tuning_is_stochastic_gradient_descent(training: tuple[nn.Module, n
         torch.testing.assert_close(ours, p - 0.1 * p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_what_layers_draw_follows_from_the_seed_alone(training: tuple[nn.Module, nn.Module, Data]) -> None:
+    model, dense, data = training
+    spec = FineTuneSpec(steps=2, batch_images=32)
+    dropping = nn.Sequential(model, nn.Dropout(0.5))
+    losses = []
+    for seed, before in ((0, 1), (0, 2), (5, 2)):
+        torch.manual_seed(before)
+        losses.append(tuned(copy.deepcopy(dropping), dense, data, spec, seed))
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_divergence_is_an_error(training: tuple[nn.Module, nn.Module, Data]) -> None:
     model, dense, data = training
     with pytest.raises(FloatingPointError, match=r"fine-tuning diverged: the loss is (nan|inf) at step \d+ of 50"):
@@ -224,7 +236,8 @@ def test_divergence_is_an_error(training: tuple[nn.Module, nn.Module, Data]) -> 
 
 
 def test_steps_of_epochs() -> None:
-    assert steps_of(FineTuneSpec(epochs=2.0, batch_images=128), 1000) == 16
+    assert steps_of(FineTuneSpec(epochs=2.0, batch_images=128), 1000) == 14, "7 whole batches an epoch"
+    assert steps_of(FineTuneSpec(epochs=3, batch_images=128), 100) == 3
     assert steps_of(FineTuneSpec(epochs=0.001, batch_images=128), 1000) == 1
     assert steps_of(FineTuneSpec(steps=7), 1000) == 7
 
@@ -284,6 +297,20 @@ def test_a_study_goes_on_with_its_own_images_only(prepared: tuple[Network, Bench
     changed = replace(network, data=without_duplicates(replace(network.data, report=report)))
     with pytest.raises(StudyError, match="data must be those of the study"):
         make_bench(changed, factors, setting, tmp_path, tmp_path / "cache", silent)
+
+
+def test_damaged_statistics_of_the_shared_cache_are_replaced(
+    prepared: tuple[Network, Bench], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKSEARCH_CACHE", str(tmp_path / "shared"))
+    network, _ = prepared
+    convs = network.selection.convs()
+    statistics_of(network, convs, tmp_path / "one", silent)
+    (damaged,) = (tmp_path / "shared" / "statistics").iterdir()
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:20])
+    statistics_of(network, convs, tmp_path / "two", silent)
+    assert damaged.read_bytes() == whole
 
 
 def test_statistics_of_another_forward_pass_are_collected_afresh(

@@ -122,6 +122,23 @@ def test_variables_travel_and_secrets_apart(project: Path, tmp_path: Path, monke
     assert sorted(path.name for path in Path(packed["working_dir"]).rglob("*")) == ["cloud.yaml"]
 
 
+def test_a_secret_under_another_name_is_one_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    monkeypatch.setenv("COPIED", f"x-{SECRET}")
+    write(
+        project,
+        cloud_DOT_yaml="model: {name: resnet20, weights: /shared/dense.safetensors}\n"
+        "data: {root: '${COPIED}'}\n"
+        "job: {environment: {HUB_AUTH: '${HF_TOKEN}', SHORT: 'is ${SHORT_TOKEN}', MODE: 'abc'}}\n",
+    )
+    parcel = wrap(Path("cloud.yaml"), storage=f"/studies/{SECRET}")
+    assert set(parcel.secrets) == {"HF_TOKEN", "HUB_AUTH", "SHORT_TOKEN", "SHORT", "COPIED", "RANKSEARCH_STORAGE"}
+    assert parcel.secrets["HUB_AUTH"] == SECRET
+    assert parcel.environment["MODE"] == "abc"
+    assert SECRET not in json.dumps(parcel.to_json()["environment"])
+
+
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 

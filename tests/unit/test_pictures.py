@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,15 @@ def test_the_front_is_drawn_with_the_budget_and_other_fronts(storage: Path) -> N
     assert [x for x, _ in places] == pytest.approx([0.5 * dense["macs"] / 1e9, 0.9 * dense["macs"] / 1e9])
     level = next(shape.y0 for shape in drawn.layout.shapes if shape.xref == "paper")
     assert level == pytest.approx(100 * dense["accuracy"] - 90)
+
+
+def test_a_front_of_other_weights_or_data_is_refused(storage: Path) -> None:
+    study, setting = searched(4), setting_of(space_of())
+    other = Store().create("weights", replace(setting, model=setting.model.model_copy(update={"weights_sha256": "1"})))
+    with pytest.raises(StudyError, match="found weights of other"):
+        study.plot_front(other)
+    with pytest.raises(StudyError, match="found images of other"):
+        study.plot_front(Store().create("images", replace(setting, data_digest="2")))
 
 
 def test_ranks_are_a_column_a_point_of_the_front(storage: Path) -> None:

@@ -346,6 +346,18 @@ def test_an_error_ends_the_other_workers_before_it_is_raised(tmp_path: Path) -> 
     assert (told, caught.type) == ([f"1 of {total}", f"2 of {total}", "ended"], KeyboardInterrupt)
 
 
+def test_a_damaged_entry_of_the_shared_cache_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKSEARCH_CACHE", str(tmp_path / "shared"))
+    net, images = network("small")
+    case = priced(net, images, tmp_path / "decompositions")
+    first = case.measured(cache=tmp_path / "one")
+    damaged = sorted((tmp_path / "shared" / "prices").iterdir())[0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:20])
+    assert case.measured(cache=tmp_path / "two") == first
+    assert damaged.read_bytes() == whole
+
+
 def test_the_cache_spares_all_work_and_survives_damage(tmp_path: Path) -> None:
     net, images = network("small")
     case = priced(net, images, tmp_path)
