@@ -43,4 +43,5 @@ def importance(objectives: Sequence[str], table: PriceTable, trials: Sequence[Tr
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("ignore", message="Target and region quantiles")  # then all layers are alike
         return dict(get_param_importances(whole, evaluator=PedAnovaImportanceEvaluator()))

@@ -131,5 +131,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     """Type and message of an error in one line, without passwords."""
-    message = " ".join(redacted(str(error)).split())
-    return f"{type(error).__name__}: {message}"[:_REASON_LENGTH].removesuffix(": ")
+    return brief(f"{type(error).__name__}: {error}").removesuffix(":")
+
+
+def brief(text: str) -> str:
+    """A text in one line of bounded length, without passwords."""
+    return " ".join(redacted(text).split())[:_REASON_LENGTH]

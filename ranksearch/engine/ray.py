@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.cloudpickle as cloudpickle
 from ray import tune
 from ray.exceptions import RayError
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ranksearch.engine import Evaluate, Factory, Source, attempt, limit_s, memory, overdue, reason
+from ranksearch.engine import Evaluate, Factory, Source, attempt, brief, limit_s, memory, overdue, reason
 from ranksearch.engine.cluster import carried, cluster, nodes, quiet
 from ranksearch.engine.limit import GRACE_S
 from ranksearch.engine.resources import workers
@@ -449,5 +450,18 @@ class _Coroner(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker died."""
-        error = trial.get_pickled_error()
-        self._dispatcher.died(trial.trial_id, reason(error) if error is not None else "unknown")
+        self._dispatcher.died(trial.trial_id, _cause(trial))
+
+
+def _cause(trial: Any) -> str:
+    """Why a worker died.
+
+    Tune keeps errors of actors and tasks as objects, any other (a runtime environment that cannot be made) as text,
+    and both where a trial's files are gathered before they reach its storage.
+    """
+    if trial.pickled_error_file and Path(trial.pickled_error_file).exists():
+        return reason(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+    if trial.error_file and Path(trial.error_file).exists():
+        _, _, text = Path(trial.error_file).read_text(encoding="utf-8").partition("\n")
+        return brief(text) or "unknown"
+    return "unknown"

@@ -27,6 +27,8 @@ _TALKATIVE = ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_
 _POLL_SECONDS = 1.0
 _RECONNECTIONS = 5
 """How often in a row the log may be lost before it is given up; the pauses double, to a minute in all."""
+_AGENT_SECONDS = 120.0
+"""How long a head that has just started may take until a machine of it accepts jobs."""
 _FINAL = (401, 403, 404)
 """HTTP states that stay as they are: the token is wrong, or there is no such job."""
 
@@ -73,12 +75,22 @@ class JobServer:
     def submit(self, parcel: Parcel) -> None:
         """Send a job, and return as soon as the cluster has it."""
         with tempfile.TemporaryDirectory(prefix="ranksearch-job-") as folder, _explained(self.address):
-            self._client.submit_job(
-                entrypoint=parcel.entrypoint,
-                submission_id=parcel.id,
-                runtime_env=parcel.pack(Path(folder)),
-                metadata=parcel.metadata,
-            )
+            environment = parcel.pack(Path(folder))
+            until = time.monotonic() + _AGENT_SECONDS
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=parcel.entrypoint,
+                        submission_id=parcel.id,
+                        runtime_env=environment,
+                        metadata=parcel.metadata,
+                    )
+                except RuntimeError as error:
+                    if "No available agent" not in str(error) or time.monotonic() > until:
+                        raise
+                    time.sleep(_POLL_SECONDS)
+                else:
+                    return
 
     def jobs(self) -> list[Job]:
         """The jobs that were submitted to the cluster, the latest first."""

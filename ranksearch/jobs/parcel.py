@@ -72,15 +72,24 @@ class Parcel:
         }
 
     def pack(self, folder: Path) -> dict[str, Any]:
-        """Ray's runtime environment, made of copies in the empty ``folder``."""
+        """Ray's runtime environment, made of copies in the empty ``folder``.
+
+        Each part holds the job's id: Ray names what it uploads by its content, and deletes it with the last job that
+        uses it, even where a job of the same content has just been sent and found it there
+        (https://github.com/ray-project/ray/issues/46625); machines that had no copy yet then cannot start a worker.
+        """
         work = folder / "work"
         for file in self.files:
             target = work / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / file, target)
-        modules = [Path(ranksearch.__file__).parent]
+        module = folder / "modules" / "ranksearch"
+        shutil.copytree(Path(ranksearch.__file__).parent, module, ignore=shutil.ignore_patterns("__pycache__"))
+        modules = [module]
         if self.secrets:
             modules.append(bundle(self.secrets, folder))
+        for part in (work, *modules):
+            (part / f".{self.id}").write_text(self.id, encoding="utf-8")
         packed: dict[str, Any] = {
             "working_dir": str(work),
             "py_modules": [str(module) for module in modules],

@@ -259,6 +259,18 @@ _PLACE = """([x, y]) => {
 """Where a point of the front's picture is on the screen."""
 
 
+def until_clicked(page: Any, point: list[float], said: str) -> None:
+    """Click at a point of the front until the page tells of it: a picture that is just drawn anew takes no click, and
+    what appears above it moves it."""
+    deadline = time.monotonic() + 60
+    while said not in text(page, "#details"):
+        assert time.monotonic() < deadline, text(page, "#details")
+        place = page.evaluate(_PLACE, point)
+        page.mouse.move(place["x"] - 1, place["y"])
+        page.mouse.click(place["x"], place["y"])
+        page.wait_for_timeout(1000)
+
+
 def text(page: Any, selector: str) -> str:
     return str(page.inner_text(selector))
 
@@ -292,13 +304,10 @@ def test_a_live_search_is_followed_by_keyboard_by_day_and_by_night(storage: Path
         # On the picture: the same point becomes A and then B.
         end = study.front_trials()[-1]
         assert end.outcome is not None
-        place = page.evaluate(_PLACE, [end.outcome.macs / 1e9, 100 * float(study.front()["accuracy"].iloc[-1])])
+        point = [end.outcome.macs / 1e9, 100 * float(study.front()["accuracy"].iloc[-1])]
         for slot in ("A", "B"):
             page.click(f"#slot >> text=point {slot}")
-            page.mouse.move(place["x"] - 1, place["y"])
-            page.mouse.click(place["x"], place["y"])
-            said = f"{slot}: trial {end.number}."
-            page.wait_for_function(f"document.querySelector('#details').innerText.includes('{said}')")
+            until_clicked(page, point, f"{slot}: trial {end.number}.")
         page.click("#pick")
         page.wait_for_function(f"document.querySelector('#details').innerText.includes('B: trial {knee}.')")
         page.click("#rule >> text=% of the MACs")

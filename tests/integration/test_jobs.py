@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -39,7 +38,9 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes of one CPU each, for all tests of this file."""
     port, dashboard = free_port(), free_port()
     found = Cluster(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{port}")
-    with started(*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=1"):
+    # The agent, which takes the jobs, has a port of its own too: another Ray on this machine may have the usual one.
+    agent = f"--dashboard-agent-listen-port={free_port()}"
+    with started(*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", agent, "--num-cpus=1"):
         await_nodes(found, 1)  # a node that finds no head gives up
         with started(*NODE, f"--address={found.gcs}", "--num-cpus=1"):
             await_nodes(found, 2)
@@ -119,7 +120,6 @@ def test_submit_follow_stop_resume_export(cluster: Cluster, tmp_path: Path) -> N
     )  # fmt: skip
     submitted = ranksearch(*space, NET_TOKEN=SECRET)
     (job,) = set(re.findall(r"ranksearch-mine-\w{6}", submitted))
-    shutil.rmtree(project / "__pycache__", ignore_errors=True)
     wait_for("trial    1", job, cluster)
     assert json.loads(ranksearch("status", job, "--json", *to))["state"] == "RUNNING"
     assert job in ranksearch("jobs", *to)
@@ -131,7 +131,8 @@ def test_submit_follow_stop_resume_export(cluster: Cluster, tmp_path: Path) -> N
     assert len([trial for trial in stopped if trial.state == "COMPLETE"]) >= 2
 
     made = len({trial.index for trial in stopped})
-    followed = ranksearch(*space, "--resume", "--set", f"budget.trials={made + 4}", "--follow", NET_TOKEN=SECRET)
+    resume = (*space, "--resume", "--set", f"budget.trials={made + 4}", "--follow")
+    followed = ranksearch(*resume, NET_TOKEN=SECRET)
     assert followed.count(f"({made + 4}/{made + 4})") == 1
     assert "SUCCEEDED" in followed
     ended = Store(storage).open("mine")

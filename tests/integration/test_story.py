@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,9 @@ def answer(uri: str, images: np.ndarray[Any, Any], folder: Path) -> np.ndarray[A
     without = folder / "without" / "ranksearch"
     without.mkdir(parents=True)
     (without / "__init__.py").write_text("raise ImportError('there is no ranksearch here')\n", encoding="utf-8")
-    env = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(without.parent)}
+    # MLflow finds the server's program on the path.
+    programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    env = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONPATH": str(without.parent), "PATH": programs}
     missing = subprocess.run([sys.executable, "-c", "import ranksearch"], env=env, cwd=folder, capture_output=True)
     assert b"there is no ranksearch here" in missing.stderr
     with socket.socket() as probe:
@@ -195,5 +197,6 @@ def answer(uri: str, images: np.ndarray[Any, Any], folder: Path) -> np.ndarray[A
                 time.sleep(0.5)
         raise AssertionError("no answer")
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()

@@ -32,7 +32,6 @@ def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_database_that_is_away_is_told_without_its_password() -> None:
-    pytest.importorskip("psycopg")
     finding = found(storage=f"postgresql://me:x/hunter2@127.0.0.1:{free_port()}/studies")["storage"]
     assert finding.state == "failure"
     assert "cannot reach the storage" in finding.found

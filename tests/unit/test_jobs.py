@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import get_uri_for_directory
 
 from ranksearch.errors import JobError, SpaceError
 from ranksearch.jobs import Parcel, wrap
@@ -119,7 +120,23 @@ def test_variables_travel_and_secrets_apart(project: Path, tmp_path: Path, monke
     assert SECRET not in json.dumps(packed)
     carrying = [Path(module) for module in packed["py_modules"] if SECRET in _text(Path(module) / "secrets.json")]
     assert len(carrying) == 1
-    assert sorted(path.name for path in Path(packed["working_dir"]).rglob("*")) == ["cloud.yaml"]
+    files = sorted(path.name for path in Path(packed["working_dir"]).rglob("*"))
+    assert files == [f".{parcel.id}", "cloud.yaml"]
+
+
+def test_no_two_jobs_share_a_part_that_the_first_to_end_would_delete(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NET_TOKEN", SECRET)
+    document = "model: {name: resnet20, weights: /shared/dense.safetensors}\njob: {secrets: [NET_TOKEN]}\n"
+    write(project, cloud_DOT_yaml=document)
+    uris = []
+    for place in (tmp_path / "first", tmp_path / "second"):
+        place.mkdir()
+        packed = wrap(Path("cloud.yaml")).pack(place)
+        parts = [packed["working_dir"], *packed["py_modules"]]
+        uris += [get_uri_for_directory(part, True, packed["excludes"]) for part in parts]
+    assert len(set(uris)) == 6
 
 
 def test_a_secret_under_another_name_is_one_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
