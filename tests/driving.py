@@ -63,25 +63,25 @@ class Plan:
         """The study, to read."""
         return self.store.open(NAME)
 
-    def start(self, **environment: str) -> subprocess.Popen[bytes]:
-        """A driver, in a process and a session of its own."""
+    def start(self, *program: str) -> subprocess.Popen[bytes]:
+        """A driver, in a process and a session of its own; ``program``: another module, its arguments but the plan."""
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         plan = Path(self.folder, "plan.json")
         plan.write_text(json.dumps(asdict(self)))
         with Path(self.folder, "driver.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "tests.driving", str(plan)],
+                [sys.executable, "-m", *(program or ("tests.driving",)), str(plan)],
                 cwd=REPOSITORY,
-                env=os.environ | {"PYTHONPATH": str(REPOSITORY), "HOME": self.folder} | environment,
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY), "HOME": self.folder},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
-    def finish(self, seconds: float = 240.0, **environment: str) -> None:
+    def finish(self, seconds: float = 240.0) -> None:
         """Let a driver run to its end."""
-        driver = self.start(**environment)
+        driver = self.start()
         try:
             assert driver.wait(seconds) == 0, self.log
         finally:

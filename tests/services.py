@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 _START_SECONDS = 120.0
+PASSWORD = "hunter2"
+"""Of PostgreSQL's user, who is let in with any; no log may have it."""
 
 
 def free_port() -> int:
@@ -94,7 +96,7 @@ class Postgres(Service):
         self.stop(signal.SIGQUIT)
 
     def _url(self, database: str) -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://postgres:{PASSWORD}@127.0.0.1:{self.port}/{database}"
 
     def answers(self) -> bool:
         import psycopg

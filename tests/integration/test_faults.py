@@ -5,6 +5,7 @@ The trials are looked up in a table; all else is a real search. ``test_storage_f
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -84,12 +85,73 @@ def test_a_trial_that_takes_too_long_fails_and_is_not_tried_again() -> None:
     assert overdue(90.0) == Failure(reason="it took longer than resources.trial_minutes=1.5")
 
 
+@pytest.mark.slow
+def test_trials_that_go_wrong_in_this_process(tmp_path: Path) -> None:
+    accidents = {"2": "nan", "3": "inf", "5": "exhaust", "7": "hang"}
+    search = plan(tmp_path, trials=10, minutes=0.05, accidents=accidents)
+    search.finish()
+    trials = check_study(search.study(), 10)
+    reasons = {trial.index: trial.reason for trial in trials if trial.state == "FAIL"}
+    assert sorted(reasons) == [2, 3, 5, 7]
+    assert "finite loss" in str(reasons[2])
+    assert "finite loss" in str(reasons[3])
+    assert "allocate" in str(reasons[5])
+    assert reasons[7] == "it took longer than resources.trial_minutes=0.05"
+    assert len(search.study().trials()) == 10, "what a trial itself does wrong it would do again"
+    check_mlflow(uri(tmp_path), search.study())
+
+
+@pytest.mark.slow
+def test_a_driver_killed_again_and_again(tmp_path: Path) -> None:
+    search = plan(tmp_path, trials=40, seconds=0.1)
+    for evaluations in (3, 11, 24):
+        driver = search.start()
+        search.wait(evaluations, driver)
+        driver.kill()
+        driver.wait()
+    search.finish()
+    trials = check_study(search.study(), 40)
+    assert len(search.study().trials()) <= 43, "each kill costs a trial at most"
+    assert sum(trial.state == "COMPLETE" for trial in trials) == 40
+    check_mlflow(uri(tmp_path), search.study())
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps(tmp_path: Path) -> None:
+    """An hour back, then a day ahead, in the middle of trials; a trial's limit goes by a clock that does not jump."""
+    offset = tmp_path / "offset"
+
+    def jump(seconds: int) -> None:
+        (tmp_path / "part").write_text(str(seconds))
+        (tmp_path / "part").replace(offset)
+
+    jump(0)
+    search = plan(tmp_path, trials=24, seconds=0.3, minutes=0.5)
+    driver = search.start("tests.clock", str(offset))
+    try:
+        search.wait(5, driver)
+        jump(-3600)
+        search.wait(12, driver)
+        jump(86400)
+        assert driver.wait(240) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+    study = search.study()
+    trials = check_study(study, 24)
+    starts = [trial.start_ms for trial in trials]
+    assert starts != sorted(starts), "the clock did go back"
+    assert starts[-1] - starts[0] > 80_000_000, "and ahead"
+    assert {trial.state for trial in trials} == {"COMPLETE"}
+    check_mlflow(uri(tmp_path), study)
+
+
 # On a cluster.
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without workers, and one machine of two CPUs."""
+    """A head without workers."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False}
@@ -101,12 +163,11 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def machine(cluster: Any) -> Iterator[Any]:
-    """A machine of two CPUs."""
-    node = patient(lambda: cluster.add_node(num_cpus=2))
-    yield node
-    if node in cluster.worker_nodes:
-        cluster.remove_node(node)
+def machine(cluster: Any) -> Any:
+    """The one machine of two CPUs."""
+    for node in cluster.worker_nodes:
+        return node
+    return patient(lambda: cluster.add_node(num_cpus=2))
 
 
 @pytest.mark.slow
@@ -127,3 +188,50 @@ def test_a_worker_killed_by_its_trial_and_one_that_hears_nothing(cluster: Any, m
     assert "resources.trial_minutes" in reasons[6]
     assert "allocate" in reasons[9]
     check_mlflow(uri(tmp_path), search.study())
+
+
+@pytest.mark.slow
+def test_machines_come_and_go(cluster: Any, machine: Any, tmp_path: Path) -> None:
+    """One joins late and is used, the first is killed with all that it runs, the search goes on to its end."""
+    search = plan(tmp_path, trials=160, address=cluster.address, seconds=0.4)
+    driver = search.start()
+    try:
+        search.wait(10, driver)
+        assert len(workers(tmp_path)) == 2
+        patient(lambda: cluster.add_node(num_cpus=2))
+        deadline = time.monotonic() + 120
+        while len(workers(tmp_path)) < 4:
+            assert driver.poll() is None, search.log
+            assert time.monotonic() < deadline, "the machine that joined is not used"
+            time.sleep(0.2)
+        cluster.remove_node(machine, allow_graceful=False)
+        assert driver.wait(400) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+    trials = check_study(search.study(), 160)
+    lost = [trial for trial in search.study().trials() if trial.retry]
+    assert lost, "the machine took trials along"
+    assert all("its worker died" in str(trial.reason) for trial in lost)
+    assert {trial.state for trial in trials} == {"COMPLETE"}
+    check_mlflow(uri(tmp_path), search.study())
+
+
+@pytest.mark.slow
+def test_a_driver_of_a_cluster_killed(cluster: Any, machine: Any, tmp_path: Path) -> None:
+    search = plan(tmp_path, trials=40, address=cluster.address, seconds=0.2)
+    driver = search.start()
+    try:
+        search.wait(10, driver)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    search.finish(400)
+    trials = check_study(search.study(), 40)
+    assert {trial.state for trial in trials} == {"COMPLETE"}
+    check_mlflow(uri(tmp_path), search.study())
+
+
+def workers(folder: Path) -> set[str]:
+    """The processes that have begun an evaluation."""
+    return {path.name.rsplit("-", 1)[1] for path in folder.glob("evaluation-*")}

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from ranksearch.driver import STOPPED
 from ranksearch.engine import Evaluate
-from ranksearch.errors import TakenOver
+from ranksearch.errors import StudyError, TakenOver
 from ranksearch.launch import drive
 from ranksearch.lock import FILE
 from ranksearch.storage import Store
 from ranksearch.study import Study
 from ranksearch.trial import Outcome, Proposal, Task
-from tests.driving import NAME, Plan, check_study
-from tests.services import Postgres, postgres
+from tests.driving import NAME, Plan, check_mlflow, check_study
+from tests.services import PASSWORD, MlflowServer, Postgres, postgres
 from tests.studies import TABLE, setting_of
 from tests.tables import table_outcome
 
@@ -32,12 +35,23 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
+AWAY_SECONDS = 30.0
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[Postgres]:
     with postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def mlflow(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"), database.url("mlflow"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def plan(folder: Path, storage: str | Path, *, trials: int, uri: str | None = None, **more: object) -> Plan:
@@ -49,6 +63,100 @@ def plan(folder: Path, storage: str | Path, *, trials: int, uri: str | None = No
         "deterministic": False,
     }
     return Plan(folder=str(folder), storage=str(storage), sections=sections, **more)  # type: ignore[arg-type]
+
+
+def test_a_database_that_crashes_for_half_a_minute(database: Postgres, mlflow: MlflowServer, tmp_path: Path) -> None:
+    """The study and MLflow's records are both in it."""
+    search = plan(tmp_path, database.url("crash"), trials=40, uri=mlflow.uri, seconds=0.2)
+    driver = search.start()
+    try:
+        search.wait(12, driver)
+        database.crash()
+        begun = search.evaluated()
+        time.sleep(AWAY_SECONDS)
+        assert driver.poll() is None, search.log
+        assert search.evaluated() <= begun + 1, "what cannot be recorded is not begun"
+        database.start()
+        assert driver.wait(200) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+        if not database.answers():
+            database.start()
+    trials = check_study(search.study(), 40)
+    assert {trial.state for trial in trials} == {"COMPLETE"}
+    assert len(search.study().trials()) == 40, "no trial was cut short"
+    assert "does not answer" in search.log
+    assert "answers again" in search.log
+    assert PASSWORD not in search.log
+    search.finish()  # where MLflow came back too late
+    check_mlflow(mlflow.uri, search.study())
+
+
+def test_an_mlflow_server_that_is_killed_for_half_a_minute(
+    database: Postgres, mlflow: MlflowServer, tmp_path: Path
+) -> None:
+    search = plan(tmp_path, tmp_path, trials=100, uri=mlflow.uri, seconds=0.4)
+    driver = search.start()
+    try:
+        search.wait(8, driver)
+        mlflow.stop(signal.SIGKILL)
+        back = time.monotonic() + AWAY_SECONDS
+        search.wait(30, driver)  # the search does not wait for MLflow
+        time.sleep(max(0.0, back - time.monotonic()))
+        mlflow.start()
+        assert driver.wait(200) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+        if not mlflow.answers():
+            mlflow.start()
+    search.finish()  # where MLflow came back too late
+    check_study(search.study(), 100)
+    check_mlflow(mlflow.uri, search.study())
+
+
+def test_a_result_that_cannot_be_recorded_in_time_is_spooled_and_replayed(database: Postgres, tmp_path: Path) -> None:
+    search = plan(tmp_path, database.url("spool"), trials=8, seconds=1.0, patience_s=2.0)
+    driver = search.start()
+    try:
+        search.wait(3, driver)
+        database.crash()
+        assert driver.wait(200) != 0
+    finally:
+        driver.kill()
+        driver.wait()
+        database.start()
+    assert "StudyError" in search.log
+    assert "can be resumed" in search.log
+    (spool,) = tmp_path.glob(f"**/studies/{NAME}/spool.jsonl")
+    before = search.evaluated()
+    search.finish()
+    trials = check_study(search.study(), 8)
+    assert {trial.state for trial in trials} == {"COMPLETE"}
+    assert len(search.study().trials()) == 8, "the spooled trial was not tried again"
+    assert search.evaluated() == 8 == before + 5
+    assert not spool.exists()
+
+
+def test_a_driver_killed_while_its_database_is_away_loses_no_result(database: Postgres, tmp_path: Path) -> None:
+    search = plan(tmp_path, database.url("killed"), trials=6, seconds=1.0)
+    driver = search.start()
+    try:
+        search.wait(3, driver)
+        database.crash()
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(f"**/studies/{NAME}/spool.jsonl")):
+            assert driver.poll() is None, search.log
+            assert time.monotonic() < deadline, search.log
+            time.sleep(0.1)
+    finally:
+        driver.kill()
+        driver.wait()
+        database.start()
+    search.finish()
+    assert {trial.state for trial in check_study(search.study(), 6)} == {"COMPLETE"}
+    assert search.evaluated() == 6
 
 
 @pytest.mark.parametrize("where", ["journal", "database"])
@@ -179,3 +287,71 @@ def test_a_driver_that_lost_its_lock_goes_on_unless_another_one_had_it_meanwhile
             with pytest.raises(TakenOver):
                 study.begin(proposal, index=2)
     assert [trial.state for trial in study.trials()] == ["COMPLETE", "RUNNING"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that leaves no room."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * 1024)
+    return ballast
+
+
+def test_a_disk_that_is_full_for_a_while(small_disk: Path, tmp_path: Path) -> None:
+    search = plan(tmp_path, small_disk, trials=30, seconds=0.2)
+    driver = search.start()
+    try:
+        search.wait(6, driver)
+        ballast = fill(small_disk)
+        deadline = time.monotonic() + 60
+        while "No space left" not in search.log:
+            assert driver.poll() is None, search.log
+            assert time.monotonic() < deadline, search.log
+            time.sleep(0.1)
+        begun = search.evaluated()
+        time.sleep(2)
+        assert search.evaluated() <= begun + 1, "what cannot be recorded is not begun"
+        ballast.unlink()
+        assert driver.wait(200) == 0, search.log
+    finally:
+        driver.kill()
+        driver.wait()
+    check_study(search.study(), 30)
+    assert len(search.study().trials()) == 30
+
+
+def test_a_search_that_a_full_disk_ended_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
+    search = plan(tmp_path, small_disk, trials=20, seconds=0.2, patience_s=1.0)
+    driver = search.start()
+    try:
+        search.wait(6, driver)
+        ballast = fill(small_disk)
+        assert driver.wait(200) != 0
+    finally:
+        driver.kill()
+        driver.wait()
+    ballast.unlink()
+    search.finish()
+    check_study(search.study(), 20)
+
+
+def test_a_name_is_one_studys_on_all_machines(database: Postgres, tmp_path: Path) -> None:
+    url = database.url("names")
+    search = plan(tmp_path, url, trials=4)
+    search.store.create(NAME, setting_of(search.space))
+    with pytest.raises(StudyError, match="must have a new name"):
+        search.store.create(NAME, setting_of(search.space))
+    assert search.store.names() == [NAME]
