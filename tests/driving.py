@@ -50,6 +50,8 @@ class Plan:
     """Number of a proposal to what happens in it: ``nan``, ``inf``, ``exhaust``, ``hang``, ``deaf``, ``die``,
     ``late``."""
     patience_s: float = 600.0
+    held: bool = False
+    """Whether no trial ends before :meth:`release`."""
 
     @property
     def space(self) -> Space:
@@ -88,6 +90,10 @@ class Plan:
             driver.kill()
             driver.wait()
 
+    def release(self) -> None:
+        """Let the trials of a plan that is ``held`` end."""
+        Path(self.folder, "released").touch()
+
     @property
     def log(self) -> str:
         return Path(self.folder, "driver.log").read_text()
@@ -95,6 +101,10 @@ class Plan:
     def evaluated(self) -> int:
         """How many evaluations were begun, whatever became of them."""
         return len(list(Path(self.folder).glob("evaluation-*")))
+
+    def workers(self) -> int:
+        """How many processes have begun an evaluation."""
+        return len({path.name.rsplit("-", 1)[1] for path in Path(self.folder).glob("evaluation-*")})
 
     def wait(self, evaluations: int, driver: subprocess.Popen[bytes], seconds: float = 240.0) -> None:
         """Wait until so many evaluations were begun."""
@@ -121,6 +131,8 @@ class Accidents:
         with suppress(OSError):  # where the disk is full
             Path(self.plan.folder, name).touch()
         time.sleep(self.plan.seconds)
+        while self.plan.held and not Path(self.plan.folder, "released").exists():
+            time.sleep(0.05)
         outcome = table_outcome(TABLE, task.choices)
         match self.plan.accidents.get(str(task.index)):
             case "nan":
