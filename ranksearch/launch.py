@@ -280,7 +280,9 @@ def drive(
         status = "KILLED"
         raise
     except TakenOver:
-        status = None  # all that is left to end is the other driver's
+        status = None  # all that is left to end, and to write, is the other driver's
+        if tracker is not None:
+            tracker.drop()
         raise
     finally:
         if status is not None:

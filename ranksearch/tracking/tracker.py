@@ -84,6 +84,8 @@ class Tracker:
         self._monitor: Any = None
         """Logs processors, memory and GPUs of this machine, every ten seconds."""
         self._parent = ""
+        self._resumed = False
+        """Whether another driver had the run before this one."""
         self._study = ""
         self._children: dict[int, str] = {}
         """Trial to its run."""
@@ -145,7 +147,7 @@ class Tracker:
                 if inputs:
                     self._client.log_inputs(self._parent, list(inputs))
             else:
-                self._parent = parent.info.run_id
+                self._parent, self._resumed = parent.info.run_id, True
                 self._client.update_run(self._parent, status="RUNNING")
                 self._read_what_is_there(parent)
             known = parent.data.params
@@ -210,6 +212,8 @@ class Tracker:
         """
         self._end_monitor()
         self._writer.flush()
+        if self._resumed:
+            self._writer.now(self._remove_doubles)
         at = _now_ms()
 
         def write(again: bool) -> None:
@@ -233,6 +237,11 @@ class Tracker:
     def flush(self) -> None:
         """Wait until what was handed over is written, or has failed."""
         self._writer.flush()
+
+    def drop(self) -> None:
+        """Write nothing more, not even what is waiting: the run is another driver's."""
+        self._end_monitor()
+        self._writer.drop()
 
     def close(self) -> None:
         """Finish the queue and end the background threads."""
@@ -263,8 +272,9 @@ class Tracker:
         """Which trials and hypervolumes an earlier driver has written."""
         for run in self._search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
             number = int(run.data.tags["ranksearch.trial"])
-            self._children[number] = run.info.run_id
+            self._children.setdefault(number, run.info.run_id)
             if run.info.status in _CLOSED:
+                self._children[number] = run.info.run_id
                 self._handed_over.add(number)
             if run.info.status == "RUNNING":
                 self._left_running[number] = run.info.run_id
@@ -306,6 +316,13 @@ class Tracker:
         while points := self._points[:_METRICS_PER_BATCH]:
             self._client.log_batch(self._parent, metrics=points)
             del self._points[: len(points)]
+
+    def _remove_doubles(self, _again: bool) -> None:
+        """Remove the runs of trials that have one: a driver that was ousted wrote them before it knew that it was."""
+        for run in self._search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
+            own = self._children.setdefault(int(run.data.tags["ranksearch.trial"]), run.info.run_id)
+            if own != run.info.run_id:
+                self._client.delete_run(run.info.run_id)
 
     def _end_orphan(self, run_id: str, _again: bool) -> None:
         self._client.set_terminated(run_id, "KILLED")

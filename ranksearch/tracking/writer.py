@@ -44,6 +44,7 @@ class Writer:
         """How many jobs failed when as many as there is room for were kept already."""
         self._down_until = 0.0
         self._warned = False
+        self._dropped = False
         self._thread = Thread(target=self._run, name=f"{what} writer", daemon=True)
         self._thread.start()
 
@@ -62,6 +63,10 @@ class Writer:
         """Do a job on the caller's thread, after the queue; whether it succeeded. It is not kept if it fails."""
         self._jobs.join()
         return self._attempt(job, again=False)
+
+    def drop(self) -> None:
+        """Leave undone what is waiting, and all that is still handed over; a job that is at work is the last."""
+        self._dropped = True
 
     def close(self) -> None:
         """Finish the queue and end the thread."""
@@ -95,6 +100,8 @@ class Writer:
         if time.monotonic() < self._down_until:
             return False
         for pause_s in (*self._pauses_s, None):
+            if self._dropped:
+                return False
             try:
                 job(again)
                 return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 from ranksearch.tracking.writer import Writer
@@ -29,3 +30,23 @@ def test_a_store_that_stays_away_holds_up_nobody_and_fills_no_memory() -> None:
         assert written == [0, 1, 2, 10]
     finally:
         writer.close()
+
+
+def test_what_is_dropped_is_not_written_and_holds_up_nobody() -> None:
+    written: list[str] = []
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def long(_again: bool) -> None:
+        at_work.set()
+        go_on.wait(60)
+        written.append("at work")
+
+    writer = Writer("the store", pauses_s=())
+    writer.submit(long)
+    writer.submit(lambda again: written.append("waiting"))
+    assert at_work.wait(60)
+    writer.drop()
+    writer.submit(lambda again: written.append("later"))
+    go_on.set()
+    writer.close()
+    assert written == ["at work"]
