@@ -20,8 +20,9 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
     kept: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i], i)):
         # In lexicographic order a point can be dominated only by one that was kept before it: of two objectives by the
-        # last of them, if by any, so the search starts there.
-        if not any(all(x <= y for x, y in zip(points[j], points[i], strict=True)) for j in reversed(kept)):
+        # last of them, if by any.
+        rivals = kept[-1:] if len(points[i]) == 2 else kept
+        if not any(all(x <= y for x, y in zip(points[j], points[i], strict=True)) for j in rivals):
             kept.append(i)
     return kept
 
@@ -37,11 +38,14 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     if len(reference) == 1:
         return reference[0] - min(p[0] for p in inside)
     inside.sort(key=lambda p: p[-1])
-    volume = 0.0
+    volume, least = 0.0, reference[0]
     for i, point in enumerate(inside):
         upper = inside[i + 1][-1] if i + 1 < len(inside) else reference[-1]
+        least = min(least, point[0])
         if upper > point[-1]:
-            volume += (upper - point[-1]) * hypervolume([p[:-1] for p in inside[: i + 1]], reference[:-1])
+            flat = len(reference) == 2
+            slice_ = reference[0] - least if flat else hypervolume([p[:-1] for p in inside[: i + 1]], reference[:-1])
+            volume += (upper - point[-1]) * slice_
     return volume
 
 

@@ -25,11 +25,10 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.strategies.history import memory, newest_and_best
-from ranksearch.strategies.random import ATTEMPTS
 from ranksearch.trial import MAXIMISED, Trial
 
-HISTORY: Final = 500
-"""Trials shown to a sampler at most; the time of TPE grows from 20 ms after 100 trials to 1.3 s after 10,000."""
+HISTORY: Final = 300
+"""Trials shown to a sampler at most: TPE would take 20 ms after 100 trials, and 1.3 s after 10,000."""
 
 Distributions = Mapping[str, BaseDistribution]
 Params = dict[str, Any]
@@ -55,8 +54,9 @@ class Asker:
         params_of: Callable[[Trial], Params],
         index: int,
         fresh: Callable[[Params], bool],
+        asks: int,
     ) -> tuple[Params, dict[str, Any]]:
-        """A point that is ``fresh`` where a few attempts find one, and the note to keep with its proposal.
+        """A point that is ``fresh`` where the sampler soon has one, and the note to keep with its proposal.
 
         Args:
             space: name to distribution.
@@ -64,11 +64,12 @@ class Asker:
             params_of: the point of each of them.
             index: number of the proposal to be made; every one draws afresh.
             fresh: whether a point may be proposed.
+            asks: how often the sampler is asked for one that is, at most.
         """
         with _quiet():
             past, known = self._past(space, trials, params_of), memory(trials, self.origin)
             written: dict[str, Any] = {}
-            for attempt in range(ATTEMPTS):
+            for attempt in range(asks):
                 params, on_trial, on_study = self._ask(space, past, known | written, [self.seed, index, attempt])
                 written |= on_study
                 if fresh(params):

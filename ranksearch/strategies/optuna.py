@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from optuna.distributions import IntDistribution
@@ -15,6 +16,8 @@ from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Signal, Trial
 
 NAME = "optuna"
+ASKS: Final = 2
+"""A sampler that has settled repeats itself, and asking is dear: then a neighbour of what it suggests is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,9 @@ class Optuna:
             named = zip(table.layers, trial.proposal.choices, strict=True)
             return {layer.name: i for layer, i in named if layer.name in space}
 
-        params, note = self.asker.suggest(space, maps(trials), params_of, index, lambda p: choices_of(p) not in known)
+        params, note = self.asker.suggest(
+            space, maps(trials), params_of, index, lambda p: choices_of(p) not in known, ASKS
+        )
         choices = choices_of(params)
         if choices in known:
             rng = np.random.default_rng([self.asker.seed, index, ATTEMPTS])
