@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ranksearch.driver import finished
 from ranksearch.engine import Evaluate
 from ranksearch.engine.limit import GRACE_S
 from ranksearch.launch import drive
@@ -170,13 +171,14 @@ def main() -> None:
     with study.driving(), store.explained():
         study.recover()
         study.extend(space.budget.trials)
+        factory = None if finished(study) else Accidents(plan=plan)
         if not space.tracking.enabled:
-            drive(study, Accidents(plan=plan), [], None, lambda *_: None, None)
+            drive(study, factory, [], None, lambda *_: None, None)
             return
         from ranksearch.tracking import connected
 
         with connected(study.space, Path(plan.folder)) as tracker:
-            drive(study, Accidents(plan=plan), [], tracker, lambda *_: None, None)
+            drive(study, factory, [], tracker, lambda *_: None, None)
 
 
 def check_study(study: Study, trials: int) -> list[Trial]:
