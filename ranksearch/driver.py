@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ranksearch.front import Front
 from ranksearch.strategies import Strategy
 from ranksearch.strategies.history import Past
 from ranksearch.study import Study
@@ -76,12 +77,13 @@ class Driver:
         self._running = {t.index for t in self._latest.values() if t.state == "RUNNING"}
         self._again = {t.index for t in self._latest.values() if t.retry}
         """Proposals that are to be tried once more."""
-        self._front = study.front_trials(list(self._trials.values()))
+        self._front = self._front_of(self._trials.values())
         self._queue: list[Task] = []
-        self._incumbents: tuple[tuple[float, ...], ...] = ()
         self._deadline = time.monotonic() + 60 * (self._space.budget.minutes or 1e12)
         self._told = 0
-        self._told_front: list[Trial] = []
+        self._told_front = Front()
+        self._volume = 0.0
+        """The hypervolume told last."""
         self._sweep()
         if view is not None:
             view.sync(trial for trial in self._trials.values() if trial.state != "RUNNING")
@@ -114,7 +116,7 @@ class Driver:
             # Ctrl-C may have come when the study knew of a trial, and nobody else.
             if known is None or known.state == "RUNNING":
                 self._ended(trial)
-        self._front = self._study.front_trials(list(self._trials.values()))
+        self._front = self._front_of(self._trials.values())
         self._sweep()
 
     def _ended(self, trial: Trial) -> None:
@@ -123,12 +125,10 @@ class Driver:
         self._note(trial)
         if not trial.retry:
             (self._study.checkpoints_folder / checkpoint_name(trial.index)).unlink(missing_ok=True)
-        before = sorted([*self._front, trial], key=lambda one: one.number)  # of equal points the first is kept
-        self._front = self._study.front_trials(before)
-        stayed = {one.number for one in self._front}
-        for left in before:
-            if left.number not in stayed and left.outcome is not None and left.outcome.weights:
-                (self._study.weights_folder / left.outcome.weights).unlink(missing_ok=True)
+        for number in self._front.put(self._study.point(trial), trial.number) if trial.feasible else [trial.number]:
+            outcome = self._trials[number].outcome
+            if outcome is not None and outcome.weights:
+                (self._study.weights_folder / outcome.weights).unlink(missing_ok=True)
         self._tell_hypervolume()
 
     def _note(self, trial: Trial) -> None:
@@ -142,7 +142,6 @@ class Driver:
         """Begin up to ``count`` trials: first what is to be tried once more, then new proposals."""
         if time.monotonic() > self._deadline:
             return []
-        self._incumbents = tuple(self._study.point(trial) for trial in self._front)
         again = [self._latest[index] for index in sorted(self._again)[:count]]
         tasks = [self._begin(trial.proposal, trial.index, trial.attempt + 1) for trial in again]
         while len(tasks) < count:
@@ -159,11 +158,20 @@ class Driver:
     def _begin(self, proposal: Proposal, index: int, attempt: int) -> Task:
         trial = self._study.begin(proposal, index=index, attempt=attempt)
         self._note(trial)
-        return task_of(self._study, trial, self._incumbents)
+        return task_of(self._study, trial, tuple(self._front.points))
+
+    def _front_of(self, trials: Iterable[Trial]) -> Front:
+        """The front of the feasible trials, by their numbers."""
+        front = Front()
+        for trial in trials:
+            if trial.feasible:
+                front.put(self._study.point(trial), trial.number)
+        return front
 
     def _sweep(self) -> None:
         """Remove the weights that no trial on the front has, and the checkpoints of proposals that have ended."""
-        kept = {trial.outcome.weights for trial in self._front if trial.outcome is not None}
+        outcomes = (self._trials[number].outcome for number in self._front.numbers)
+        kept = {outcome.weights for outcome in outcomes if outcome is not None}
         unended = (t.index for t in self._latest.values() if t.retry or t.state == "RUNNING")
         checkpoints = {checkpoint_name(index) for index in unended}
         for folder, names in ((self._study.weights_folder, kept), (self._study.checkpoints_folder, checkpoints)):
@@ -177,6 +185,7 @@ class Driver:
             trial = self._trials.get(self._told)
             if trial is None or trial.state == "RUNNING":
                 return
-            self._told_front = self._study.front_trials([*self._told_front, trial])
-            self._view.hypervolume(self._told, self._study.hypervolume(self._told_front))
+            if trial.feasible and self._told_front.put(self._study.point(trial), trial.number) != [trial.number]:
+                self._volume = self._study.hypervolume([self._trials[number] for number in self._told_front.numbers])
+            self._view.hypervolume(self._told, self._volume)
             self._told += 1

@@ -5,6 +5,7 @@ Points are minimised in every coordinate; callers flip the sign of what is maxim
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 Point = tuple[float, ...]
@@ -25,6 +26,41 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
         if not any(all(x <= y for x, y in zip(points[j], points[i], strict=True)) for j in rivals):
             kept.append(i)
     return kept
+
+
+class Front:
+    """The points put in that no other dominates, kept up to date one after the other, each with its number.
+
+    Of equal points the one of the least number stays. In two objectives a point takes logarithmic time, but for those
+    that it pushes off.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        """In lexicographic order."""
+        self.numbers: list[int] = []
+
+    def put(self, point: Point, number: int) -> list[int]:
+        """Add a point; returns the numbers that are not on the front any more, its own where it does not get there."""
+        at = bisect_left(self.points, point)
+        if self.points[at : at + 1] == [point]:
+            left, self.numbers[at] = max(number, self.numbers[at]), min(number, self.numbers[at])
+            return [left] if left != self.numbers[at] else []
+        flat = len(point) == 2  # then the second coordinate falls along the front
+        if any(dominates(p, point) for p in self.points[max(0, at - 1) if flat else 0 : at]):
+            return [number]
+        end = at
+        while flat and end < len(self.points) and dominates(point, self.points[end]):
+            end += 1
+        beaten = (
+            range(at, end) if flat else [j for j in range(at, len(self.points)) if dominates(point, self.points[j])]
+        )
+        left_off = [self.numbers[j] for j in beaten]
+        for j in reversed(beaten):
+            del self.points[j], self.numbers[j]
+        self.points.insert(at, point)
+        self.numbers.insert(at, number)
+        return left_off
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:

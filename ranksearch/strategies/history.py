@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
-from ranksearch.front import Point, dominates, non_dominated
+from ranksearch.front import Front, non_dominated
 from ranksearch.trial import Proposal, Trial, minimised
 
 Run = tuple[tuple[int, ...], tuple[tuple[str, float | int | str | None], ...]]
@@ -29,7 +28,7 @@ class Past(Sequence[Trial]):
     def __init__(self, objectives: tuple[str, ...]) -> None:
         self._objectives = objectives
         self._trials: list[Trial] = []
-        self._front: list[tuple[Point, int]] = []
+        self._front = Front()
         self.tried: set[tuple[int, ...]] = set()
         """See :func:`tried`."""
         self.runs: set[Run] = set()
@@ -54,19 +53,12 @@ class Past(Sequence[Trial]):
             else:
                 self.tried.add(trial.proposal.choices)
         if trial.values:
-            self._enter(minimised(trial.values, self._objectives), trial.number)
-
-    def _enter(self, point: Point, number: int) -> None:
-        """Bring the front up to date with one point; of equal points the first proposal's stays."""
-        if any(dominates(p, point) or (p == point and n <= number) for p, n in self._front):
-            return
-        self._front = [(p, n) for p, n in self._front if p != point and not dominates(point, p)]
-        insort(self._front, (point, number))
+            self._front.put(minimised(trial.values, self._objectives), trial.number)
 
     @property
     def front(self) -> list[int]:
         """Numbers of the complete trials that no other dominates, feasible or not, in order of their points."""
-        return [number for _, number in self._front]
+        return list(self._front.numbers)
 
     @overload
     def __getitem__(self, index: int) -> Trial: ...

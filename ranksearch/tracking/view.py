@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ranksearch.drawing import page, png
 from ranksearch.export import choose, rank_map_of
+from ranksearch.front import Front
 from ranksearch.pictures import (
     gates_picture,
     hypervolume_picture,
@@ -51,7 +52,7 @@ class View:
     def __init__(self, study: Study, tracker: Tracker) -> None:
         self._study = study
         self._tracker = tracker
-        self._front: list[Trial] = []
+        self._front = Front()
         """Of the trials seen so far."""
         space = study.space
         tracker.start(
@@ -97,8 +98,8 @@ class View:
     def _has_run(self, trial: Trial) -> bool:
         """Whether a trial is among the first, or on the front as it ends; those of the last front all once were."""
         if trial.feasible:
-            self._front = self._study.front_trials(sorted([*self._front, trial], key=lambda one: one.number))
-        return trial.number < self._study.space.tracking.max_runs or trial in self._front
+            self._front.put(self._study.point(trial), trial.number)
+        return trial.number < self._study.space.tracking.max_runs or trial.number in self._front.numbers
 
     def hypervolume(self, trials: int, value: float) -> None:
         """Write the hypervolume after so many trials, in the background."""
@@ -150,7 +151,7 @@ class View:
                 "origin": trial.proposal.origin,
                 "strategy": study.space.strategy.name,
                 "fidelity": "funnel run" if trial.proposal.funnel else "full",
-                "on_front": str(trial in self._front).lower(),
+                "on_front": str(trial.number in self._front.numbers).lower(),
                 NOTE: about_trial(study, trial),
                 "attempt": str(trial.attempt),
                 **({"reason": trial.reason} if trial.reason else {}),
