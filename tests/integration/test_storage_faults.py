@@ -54,8 +54,15 @@ def mlflow(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
         server.stop()
 
 
-def plan(folder: Path, storage: str | Path, *, trials: int, uri: str | None = None, **more: object) -> Plan:
-    tracking = {"enabled": False} if uri is None else {"uri": uri, "experiment": folder.name}
+def local(folder: Path) -> str:
+    """An MLflow store that no server is needed for."""
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def plan(
+    folder: Path, storage: str | Path, *, trials: int, uri: str | None = None, experiment: str = "", **more: object
+) -> Plan:
+    tracking = {"enabled": False} if uri is None else {"uri": uri, "experiment": experiment or folder.name}
     sections = {
         "budget": {"trials": trials},
         "strategy": {"name": "random"},
@@ -117,7 +124,7 @@ def test_an_mlflow_server_that_is_killed_for_half_a_minute(
 
 
 def test_a_result_that_cannot_be_recorded_in_time_is_spooled_and_replayed(database: Postgres, tmp_path: Path) -> None:
-    search = plan(tmp_path, database.url("spool"), trials=8, seconds=1.0, patience_s=2.0)
+    search = plan(tmp_path, database.url("spool"), trials=8, uri=local(tmp_path), seconds=1.0, patience_s=2.0)
     driver = search.start()
     try:
         search.wait(3, driver)
@@ -137,10 +144,11 @@ def test_a_result_that_cannot_be_recorded_in_time_is_spooled_and_replayed(databa
     assert len(search.study().trials()) == 8, "the spooled trial was not tried again"
     assert search.evaluated() == 8 == before + 5
     assert not spool.exists()
+    check_mlflow(local(tmp_path), search.study())
 
 
 def test_a_driver_killed_while_its_database_is_away_loses_no_result(database: Postgres, tmp_path: Path) -> None:
-    search = plan(tmp_path, database.url("killed"), trials=6, seconds=1.0)
+    search = plan(tmp_path, database.url("killed"), trials=6, uri=local(tmp_path), seconds=1.0)
     driver = search.start()
     try:
         search.wait(3, driver)
@@ -157,6 +165,7 @@ def test_a_driver_killed_while_its_database_is_away_loses_no_result(database: Po
     search.finish()
     assert {trial.state for trial in check_study(search.study(), 6)} == {"COMPLETE"}
     assert search.evaluated() == 6
+    check_mlflow(local(tmp_path), search.study())
 
 
 @pytest.mark.parametrize("where", ["journal", "database"])
@@ -164,10 +173,12 @@ def test_of_two_drivers_the_second_is_refused_and_a_stale_lock_is_taken_over(
     where: str, database: Postgres, tmp_path: Path
 ) -> None:
     storage = tmp_path if where == "journal" else database.url("drivers")
-    search = plan(tmp_path, storage, trials=1000, seconds=0.5)
+    uri = None if where == "journal" else local(tmp_path)
+    search = plan(tmp_path, storage, trials=1000, uri=uri, experiment="two", seconds=0.5)
     # Another machine: it has neither the home nor the files of the first.
     other = tmp_path if where == "journal" else tmp_path / "elsewhere"
-    second = plan(other, storage, trials=1, seconds=0.5)  # no more than there are already
+    # No more trials than there are already.
+    second = plan(other, storage, trials=1, uri=uri, experiment="two", seconds=0.5)
     driver = search.start()
     try:
         search.wait(2, driver)
@@ -184,6 +195,8 @@ def test_of_two_drivers_the_second_is_refused_and_a_stale_lock_is_taken_over(
     second.finish()
     study = second.study()
     check_study(study, study.space.budget.trials)
+    if uri is not None:
+        check_mlflow(uri, study)
 
 
 def test_a_driver_whose_study_was_taken_over_while_the_database_was_away_stops(
@@ -311,7 +324,7 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_disk_that_is_full_for_a_while(small_disk: Path, tmp_path: Path) -> None:
-    search = plan(tmp_path, small_disk, trials=30, seconds=0.2)
+    search = plan(tmp_path, small_disk, trials=30, uri=local(tmp_path), seconds=0.2)
     driver = search.start()
     try:
         search.wait(6, driver)
@@ -331,10 +344,11 @@ def test_a_disk_that_is_full_for_a_while(small_disk: Path, tmp_path: Path) -> No
         driver.wait()
     check_study(search.study(), 30)
     assert len(search.study().trials()) == 30
+    check_mlflow(local(tmp_path), search.study())
 
 
 def test_a_search_that_a_full_disk_ended_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
-    search = plan(tmp_path, small_disk, trials=20, seconds=0.2, patience_s=1.0)
+    search = plan(tmp_path, small_disk, trials=20, uri=local(tmp_path), seconds=0.2, patience_s=1.0)
     driver = search.start()
     try:
         search.wait(6, driver)
@@ -346,6 +360,7 @@ def test_a_search_that_a_full_disk_ended_goes_on_when_there_is_room(small_disk: 
     ballast.unlink()
     search.finish()
     check_study(search.study(), 20)
+    check_mlflow(local(tmp_path), search.study())
 
 
 def test_a_name_is_one_studys_on_all_machines(database: Postgres, tmp_path: Path) -> None:
