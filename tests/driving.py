@@ -103,9 +103,9 @@ class Plan:
         """How many evaluations were begun, whatever became of them."""
         return len(list(Path(self.folder).glob("evaluation-*")))
 
-    def workers(self) -> int:
-        """How many processes have begun an evaluation."""
-        return len({path.name.rsplit("-", 1)[1] for path in Path(self.folder).glob("evaluation-*")})
+    def workers(self) -> set[str]:
+        """The processes that have begun an evaluation."""
+        return {path.name.rsplit("-", 1)[1] for path in Path(self.folder).glob("evaluation-*")}
 
     def wait(self, evaluations: int, driver: subprocess.Popen[bytes], seconds: float = 240.0) -> None:
         """Wait until so many evaluations were begun."""

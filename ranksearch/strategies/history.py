@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
@@ -71,13 +71,13 @@ class Past(Sequence[Trial]):
         return len(self._trials)
 
 
-def tried(trials: Sequence[Trial]) -> set[tuple[int, ...]]:
+def tried(trials: Sequence[Trial]) -> Set[tuple[int, ...]]:
     """The rank maps of every trial, whatever became of it: none of them is proposed again.
 
     A funnel run's choices are no rank map that was tried: see :func:`runs`.
     """
     if isinstance(trials, Past):
-        return set(trials.tried)
+        return trials.tried
     return {trial.proposal.choices for trial in trials if not trial.proposal.funnel}
 
 
