@@ -53,6 +53,10 @@ class PriceError(RanksearchError):
     """A price or a spectrum that a strategy reads and the price table lacks."""
 
 
+class LatencyError(RanksearchError):
+    """Latencies that cannot be measured or read, or that are of another space."""
+
+
 class ExportError(RanksearchError):
     """A network that cannot be written in a format, or does not compute the same when it is read back."""
 

@@ -186,6 +186,7 @@ class Evaluator:
                 loss=found.loss,
                 macs=count_macs(model, self.data.input_shape),
                 params=count_params(model),
+                latency_ms=None if task.settings else self.bench.table.latency_ms(task.choices),
                 seconds=0.0,
             )
             report, weights = None, None

@@ -50,6 +50,7 @@ def rank_map_of(study: Study, trial: Trial) -> RankMap:
             "accuracy": outcome.accuracy,
             "accuracy_search": outcome.accuracy_search,
             "loss": outcome.loss,
+            **({} if outcome.latency_ms is None else {"latency_ms": outcome.latency_ms}),
             "report_images": outcome.report_images,
         }
     return RankMap(
@@ -86,11 +87,31 @@ def _provenance(study: Study, trial: Trial) -> dict[str, Any]:
     }
 
 
+def _within_latency(study: Study, front: list[Trial], ratio: float) -> Trial:
+    """The most accurate of the front within a share of the dense latency, of equal ones the fastest."""
+    timing = study.setting.table.timing
+    timed = [(t, ms) for t in front if (ms := _outcome(t).latency_ms) is not None]
+    if timing is None or not timed:
+        raise BudgetError(
+            f"the trials of {study.name} must have a latency, found none. Search with a `latency` section, or take "
+            "another rule."
+        )
+    fit = [(t, ms) for t, ms in timed if ms <= ratio * timing.dense_ms * (1 + 1e-12)]
+    if not fit:
+        least = min(ms for _, ms in timed)
+        raise BudgetError(
+            f"a trial must take at most {ratio * timing.dense_ms:.4g} ms ({ratio:.3f} of dense), the fastest of the "
+            f"front takes {least:.4g} ({least / timing.dense_ms:.3f}). Allow more or go on."
+        )
+    return max(fit, key=lambda pair: (_outcome(pair[0]).accuracy_search, -pair[1]))[0]
+
+
 def choose(
     study: Study,
     *,
     max_macs_ratio: float | None = None,
     max_gmacs: float | None = None,
+    max_latency_ratio: float | None = None,
     max_drop: float | None = None,
     knee_point: bool = False,
     trial: int | None = None,
@@ -102,6 +123,7 @@ def choose(
         study: the search.
         max_macs_ratio: the most accurate with at most this share of the dense MACs.
         max_gmacs: the most accurate with at most so many GMACs.
+        max_latency_ratio: the most accurate with at most this share of the dense network's predicted latency.
         max_drop: the cheapest that loses at most so many percentage points.
         knee_point: the point of the front furthest below the line through its ends.
         trial: the trial of this number.
@@ -139,6 +161,8 @@ def choose(
                 f"{100 * (dense['accuracy_search'] - best):.2f}. Allow more, or `ranksearch resume` with more trials."
             )
         return min(fit, key=lambda t: (_outcome(t).macs, t.number))
+    if max_latency_ratio is not None:
+        return _within_latency(study, front, max_latency_ratio)
     limit = (max_gmacs or 0.0) * 1e9 if max_macs_ratio is None else max_macs_ratio * dense["macs"]
     best_fit = best_within(front, limit)
     if best_fit is None:

@@ -60,8 +60,8 @@ def front_frame(front: Sequence[Trial], dense_macs: float) -> pd.DataFrame:
 def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
     """The columns of an outcome; NaN without one."""
     if outcome is None:
-        names = ["accuracy", "accuracy_search", "loss", "macs", "macs_ratio", "gmacs", "params", "seconds"]
-        return dict.fromkeys(names, math.nan)
+        names = ["accuracy", "accuracy_search", "loss", "macs", "macs_ratio", "gmacs", "params"]
+        return dict.fromkeys([*names, "latency_ms", "seconds"], math.nan)
     return {
         "accuracy": math.nan if outcome.accuracy is None else outcome.accuracy,
         "accuracy_search": outcome.accuracy_search,
@@ -70,5 +70,6 @@ def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
         "macs_ratio": outcome.macs / dense_macs,
         "gmacs": outcome.macs / 1e9,
         "params": outcome.params,
+        "latency_ms": math.nan if outcome.latency_ms is None else outcome.latency_ms,
         "seconds": outcome.seconds,
     }

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from ranksearch.config import literal_passwords, load_space
@@ -17,8 +18,19 @@ from ranksearch.engine.resources import check
 from ranksearch.errors import Problem, SpaceError, StudyError, TakenOver
 from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
-from ranksearch.preparation import Network, Notify, factorise, located, make_bench, read_network, settle, silent
-from ranksearch.pricing import unknown_formats
+from ranksearch.latency import LatencyTable, checked
+from ranksearch.preparation import (
+    Network,
+    Notify,
+    factorise,
+    latencies_of,
+    located,
+    make_bench,
+    read_network,
+    settle,
+    silent,
+)
+from ranksearch.pricing import price, unknown_formats
 from ranksearch.rankmap import RankMap
 from ranksearch.setting import Setting
 from ranksearch.space import Space
@@ -177,6 +189,42 @@ def inspect(
         return setting
 
 
+def time_candidates(
+    space: Space | str | Path,
+    *,
+    settings: Sequence[str] = (),
+    networks: int = 0,
+    storage: str | Path | None = None,
+    notify: Notify = silent,
+) -> tuple[LatencyTable, list[tuple[float, float, float]]]:
+    """Latencies of all candidates of a space on this machine, whether its search asks for them or not.
+
+    Args:
+        space: the search space, or its YAML file.
+        settings: changes as ``--set`` takes them.
+        networks: random rank maps whose networks are built and timed too.
+        storage: where the cache is.
+        notify: told what is being done.
+
+    Returns:
+        the latencies; and of the random rank maps, by share of the MACs, the predicted and measured milliseconds.
+
+    Raises:
+        LatencyError: they cannot be measured; other errors as :func:`search` raises them.
+    """
+    space, base = read_space(space, settings)
+    store = Store(storage)
+    space = located(space, base)
+    with threads(_all_threads()):
+        network = read_network(space, store.cache, notify)
+        factors, _ = factorise(network, store.cache, notify)
+        table, _ = price(space, network.selection, factors)
+        found = latencies_of(network, table, store.cache, notify)
+    rng = Random(space.seed)
+    maps = [[rng.randrange(len(layer.candidates)) for layer in table.layers] for _ in range(networks)]
+    return found, checked(network.model, network.data.input_shape, table, found, maps, notify) if maps else []
+
+
 def bench_of(study: Study, store: Store, notify: Notify = silent) -> tuple[Network, Bench]:
     """The bench of a study that exists: prepared again, mostly from the cache, under the study's own setting."""
     with threads(_all_threads()):
@@ -209,6 +257,7 @@ def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
         objectives=tuple(space.objectives),
         targets=tuple(budget.targets),
         max_macs_ratio=budget.max_macs_ratio or inf,
+        max_latency_ratio=budget.max_latency_ratio or inf,
         formats=tuple(space.formats),
     )
     return build_strategy(space.strategy, terms, seed_choices=choices)

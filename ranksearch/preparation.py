@@ -25,6 +25,7 @@ from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import cached, content_hash, store_cached
+from ranksearch.latency import LatencyTable, latencies, with_latencies
 from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.mirror import fetch, offer
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
@@ -32,7 +33,7 @@ from ranksearch.prices import Map, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.setting import Setting
-from ranksearch.space import DataSpec, Space
+from ranksearch.space import DataSpec, LatencySpec, Space
 from ranksearch.spectra import with_spectra
 from ranksearch.strategies import READ_SPECTRA, prices_read, runs_funnels
 from ranksearch.surgery import channels_last, count_macs, count_params
@@ -77,11 +78,15 @@ def located(space: Space, base: Path | None = None) -> Space:
             "Give a safetensors file or a state dict, e.g. --set model.weights=resnet20.safetensors."
         )
     maps = [_absolute(path, base) for path in space.strategy.seed_maps]
+    latency = space.latency
+    if latency is not None and latency.table is not None:
+        latency = latency.model_copy(update={"table": _absolute(latency.table, base)})
     return space.model_copy(
         update={
             "data": data,
             "model": space.model.model_copy(update={"weights": weights}),
             "strategy": space.strategy.model_copy(update={"seed_maps": maps}),
+            "latency": latency,
         }
     )
 
@@ -243,6 +248,7 @@ def settle(
 
     Raises:
         BudgetError, SpaceError: no candidate meets the budget, or no layer has one.
+        LatencyError: latencies that the space asks for cannot be measured or read.
         RankMapError: a map of the user's cannot be read, or has impossible ranks, or such as cost no less than dense.
     """
     space, selection = network.space, network.selection
@@ -255,6 +261,9 @@ def settle(
         table = with_spectra(table, network.model)
     if prices := prices_read(space.strategy) - {PREDICTED}:
         table = _measured(network, table, factors, prices, cache, notify, map)
+    if space.latencies is not None:
+        latencies = latencies_of(network, table, cache, notify)
+        table = with_latencies(table, latencies, faster="latency" in space.objectives)
     notify("scoring the dense network", 0, 1)
     device, batch = device_of(space), space.evaluation.batch_images
     search = score(network.model, network.data.search, network.data, batch_images=batch, device=device)
@@ -270,11 +279,31 @@ def settle(
             "loss": search.loss,
             "macs": count_macs(network.model, network.data.input_shape),
             "params": count_params(network.model),
+            **({} if table.timing is None else {"latency_ms": table.timing.dense_ms}),
         },
         left_dense={**selection.dense, **failed, **dear},
         classes=network.data.classes,
         dtype=_fine_tuning_dtype(network),
         versions=versions(),
+    )
+
+
+def latencies_of(network: Network, table: PriceTable, cache: Path, notify: Notify = silent) -> LatencyTable:
+    """The latencies of all candidates of ``table``, as the space wants them: measured, or brought along.
+
+    Raises:
+        LatencyError: they cannot be measured or read.
+    """
+    space = network.space
+    return latencies(
+        network.model,
+        network.data.input_shape,
+        table,
+        space.latencies or LatencySpec(),
+        threads=space.resources.threads,
+        versions=versions(),
+        cache=cache,
+        progress=notify,
     )
 
 

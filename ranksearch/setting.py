@@ -20,7 +20,8 @@ class Setting:
     table: PriceTable
     model: ModelRecord
     dense: Mapping[str, float]
-    """Of the dense network: ``accuracy`` (report images), ``accuracy_search``, ``loss``, ``macs``, ``params``."""
+    """Of the dense network: ``accuracy`` (report images), ``accuracy_search``, ``loss``, ``macs``, ``params``,
+    and ``latency_ms`` where latencies were measured."""
     left_dense: Mapping[str, str]
     """Layer to the reason why it is not searched."""
     classes: int

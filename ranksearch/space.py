@@ -138,6 +138,19 @@ class StabiliseSpec(Section):
     """Allowed sensitivity of ``bounded``, as a multiple of that of as many orthogonal terms of equal size."""
 
 
+class LatencySpec(Section):
+    """How the latency of candidates is measured: each alone, on the device that trials run on, before the search."""
+
+    runtime: Literal["eager", "compile", "onnxruntime"] = "eager"
+    """What runs the network where it is deployed: PyTorch as it is, ``torch.compile``, or ONNX Runtime on the CPU."""
+    batch_images: Positive = 1
+    """Images at a time."""
+    threads: Positive | None = None
+    """CPU threads; those of a trial by default."""
+    table: str | None = None
+    """File that ``ranksearch latency`` wrote for this space, maybe on another machine; nothing is measured then."""
+
+
 class BudgetSpec(Section):
     """What a search may use, and the limits that its result has to keep."""
 
@@ -150,6 +163,8 @@ class BudgetSpec(Section):
     dearest rank map within it."""
     max_macs_ratio: Ratio | None = None
     """Trials with more MACs than this share of the dense network's are infeasible."""
+    max_latency_ratio: Ratio | None = None
+    """Trials that are predicted to take more than this share of the dense network's latency are infeasible."""
     max_drop: Annotated[float, Field(ge=0)] | None = None
     """Trials that lose more accuracy than this, in percentage points on the search images, are infeasible."""
 
@@ -326,11 +341,15 @@ class Space(Section):
     """Formats a layer may take; dense is always among the choices."""
     ranks: RanksSpec = RanksSpec()
     stabilise: StabiliseSpec = StabiliseSpec()
-    objectives: Annotated[list[Literal["accuracy", "loss", "macs", "params"]], Field(min_length=2)] = [
+    latency: LatencySpec | None = None
+    """Given, latencies are measured and every trial has a predicted one, as it has where an objective or a limit is
+    the latency."""
+    objectives: Annotated[list[Literal["accuracy", "loss", "macs", "params", "latency"]], Field(min_length=2)] = [
         "accuracy",
         "macs",
     ]
-    """What makes the front; the accuracy and loss are those on the search-validation images."""
+    """What makes the front; the accuracy and loss are those on the search-validation images. With ``latency``
+    candidates are left out that are no faster than the dense layer."""
     budget: BudgetSpec = BudgetSpec()
     strategy: StrategySpec = StrategySpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -345,6 +364,19 @@ class Space(Section):
     def _objectives_differ(self) -> Space:
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError(f"objectives must differ, found {self.objectives}")
-        if not {"accuracy", "loss"} & set(self.objectives) or not {"macs", "params"} & set(self.objectives):
-            raise ValueError("objectives must hold a quality (accuracy or loss) and a cost (macs or params)")
+        if not {"accuracy", "loss"} & set(self.objectives) or not {"macs", "params", "latency"} & set(self.objectives):
+            raise ValueError("objectives must hold a quality (accuracy or loss) and a cost (macs, params or latency)")
         return self
+
+    @model_validator(mode="after")
+    def _latency_of_rank_maps(self) -> Space:
+        if self.latencies is not None and "funnel" in (self.strategy.name, *self.strategy.seeds):
+            raise ValueError("a funnel run ends in ranks that no latency was measured for: take another strategy")
+        return self
+
+    @property
+    def latencies(self) -> LatencySpec | None:
+        """How latencies are measured; None where nothing asks for them."""
+        if self.latency is None and ("latency" in self.objectives or self.budget.max_latency_ratio is not None):
+            return LatencySpec()
+        return self.latency

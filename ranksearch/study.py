@@ -316,6 +316,7 @@ class Study:
             "loss": math.log(max(2, self.setting.classes)),
             "macs": float(self.setting.dense["macs"]),
             "params": float(self.setting.dense["params"]),
+            "latency": self.setting.dense.get("latency_ms", math.nan),
         }
         scale = [1.0 if name in MAXIMISED else worst[name] for name in self.space.objectives]
         reference = tuple(worst[name] / s for name, s in zip(self.space.objectives, scale, strict=True))
@@ -423,6 +424,7 @@ class Study:
         trial: int | None = None,
         max_macs_ratio: float | None = None,
         max_gmacs: float | None = None,
+        max_latency_ratio: float | None = None,
         max_drop: float | None = None,
         knee: bool = False,
     ) -> RankMap:
@@ -432,6 +434,7 @@ class Study:
             trial: the trial of this number, on the front or not.
             max_macs_ratio: the most accurate of the front with at most this share of the dense MACs.
             max_gmacs: the most accurate of the front with at most so many GMACs.
+            max_latency_ratio: the same with at most this share of the dense network's predicted latency.
             max_drop: the cheapest of the front that loses at most so many percentage points.
             knee: the point of the front furthest below the line through its ends.
 
@@ -441,26 +444,18 @@ class Study:
         """
         from ranksearch.export import choose, rank_map_of
 
-        rules = {
+        rules: dict[str, Any] = {
             "trial": trial,
             "max_macs_ratio": max_macs_ratio,
             "max_gmacs": max_gmacs,
+            "max_latency_ratio": max_latency_ratio,
             "max_drop": max_drop,
-            "knee": knee or None,
         }
-        given = [name for name, value in rules.items() if value is not None]
+        given = [name for name, value in rules.items() if value is not None] + ["knee"] * knee
         if len(given) != 1:
             found = ", ".join(given) or "none"
-            raise ValueError(f"exactly one rule picks a trial, found {found}. Give one of {', '.join(rules)}.")
-        picked = choose(
-            self,
-            trial=trial,
-            max_macs_ratio=max_macs_ratio,
-            max_gmacs=max_gmacs,
-            max_drop=max_drop,
-            knee_point=knee,
-        )
-        return rank_map_of(self, picked)
+            raise ValueError(f"exactly one rule picks a trial, found {found}. Give one of {', '.join(rules)}, knee.")
+        return rank_map_of(self, choose(self, knee_point=knee, **rules))
 
 
 def _by_name(constraints: Mapping[str, float]) -> tuple[float, ...]:

@@ -55,6 +55,8 @@ class Candidate:
     measured by short fits at a few ranks and interpolated, before they are stabilised."""
     prices: tuple[tuple[str, float], ...] = ()
     """Measured losses of replacing this layer alone, by name (see ``MEASURED``)."""
+    latency_ms: float | None = None
+    """What it adds to the latency of a network, of one batch, where latencies were measured."""
 
     def price(self, name: str) -> float:
         """The loss called ``name``; ``predicted`` is the error, and dense loses nothing unless it was measured.
@@ -79,6 +81,20 @@ class Candidate:
     def dense(self) -> bool:
         """Whether the layer is left as it is."""
         return self.format == DENSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """On what latencies were measured, and what of the network's is not the searched layers'."""
+
+    dense_ms: float
+    """Of one batch, the whole dense network."""
+    other_ms: float
+    """Of everything that is not searched, pinned layers as they are pinned."""
+    runtime: str
+    batch_images: int
+    threads: int
+    device: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +151,8 @@ class PriceTable:
     dense_params: int
     pinned: tuple[tuple[str, Conv, Candidate], ...] = ()
     """Layers fixed by the user, with their geometry and one candidate; their cost is part of ``other_macs``."""
+    timing: Timing | None = None
+    """None where no latencies were measured."""
 
     def __hash__(self) -> int:
         # Strategies look up at every proposal what they worked out for a table: hashing all its numbers takes longer.
@@ -182,6 +200,17 @@ class PriceTable:
             layer.candidates[i].params for layer, i in zip(self.layers, choices, strict=True)
         )
 
+    def latency_ms(self, choices: Sequence[int]) -> float | None:
+        """Predicted milliseconds of one batch under these choices; None where no latencies were measured."""
+        if self.timing is None:
+            return None
+        picked = [layer.candidates[i].latency_ms or 0.0 for layer, i in zip(self.layers, choices, strict=True)]
+        return self.timing.other_ms + sum(picked)
+
+    def latency_ratio(self, choices: Sequence[int]) -> float:
+        """Predicted latency under these choices, as a share of the dense network's; 0 where none was measured."""
+        return 0.0 if self.timing is None else (self.latency_ms(choices) or 0.0) / self.timing.dense_ms
+
     def macs_ratio(self, choices: Sequence[int]) -> float:
         """MACs under these choices, as a share of the dense network's."""
         return self.macs(choices) / self.dense_macs
@@ -208,11 +237,13 @@ class PriceTable:
             "dense_macs": self.dense_macs,
             "dense_params": self.dense_params,
             "pinned": [[name, conv.to_json(), asdict(candidate)] for name, conv, candidate in self.pinned],
+            "timing": None if self.timing is None else asdict(self.timing),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """The table written by ``to_json``, also where measured prices and spectra were not known of yet."""
+        """The table written by ``to_json``, also where prices, spectra and latencies were not known of yet."""
+        timing = data.get("timing")
         return cls(
             layers=tuple(
                 LayerPrices(
@@ -228,6 +259,7 @@ class PriceTable:
             dense_macs=data["dense_macs"],
             dense_params=data["dense_params"],
             pinned=tuple((name, Conv.from_json(conv), _candidate(c)) for name, conv, c in data["pinned"]),
+            timing=None if timing is None else Timing(**timing),
         )
 
 

@@ -54,7 +54,7 @@ DONE: Final = Signal.DONE
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("accuracy_search", "loss", "seconds"), (int, float)),
     **dict.fromkeys(("macs", "params", "report_images"), (int,)),
-    "accuracy": (int, float, type(None)),
+    **dict.fromkeys(("accuracy", "latency_ms"), (int, float, type(None))),
     "weights": (str, type(None)),
     "details": (dict,),
     "layers": (dict, type(None)),
@@ -84,6 +84,8 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
     """How it was built (factor kind, recalibration, divergence, fine-tuning loss; a funnel run's history), JSON types.
     """
+    latency_ms: float | None = None
+    """Predicted milliseconds of one batch, where latencies were measured."""
     layers: dict[str, Any] | None = None
     """The layers of a funnel run's rank map, each as the JSON of a :class:`ranksearch.rankmap.LayerRanks`; None where
     the proposal's choices are the rank map."""
@@ -213,6 +215,7 @@ def objective_values(outcome: Outcome, objectives: tuple[str, ...]) -> tuple[flo
         "loss": outcome.loss,
         "macs": float(outcome.macs),
         "params": float(outcome.params),
+        "latency": outcome.latency_ms if outcome.latency_ms is not None else nan,
     }
     return tuple(known[name] for name in objectives)
 
@@ -222,14 +225,20 @@ def minimised(values: tuple[float, ...], objectives: tuple[str, ...]) -> tuple[f
     return tuple(-v if name in MAXIMISED else v for v, name in zip(values, objectives, strict=True))
 
 
+LIMITS: Final = ("max_macs_ratio", "max_latency_ratio", "max_drop")
+"""The budget's limits on an outcome."""
+
+
 def constraints(outcome: Outcome, budget: BudgetSpec, dense: Mapping[str, float]) -> dict[str, float]:
     """The budget's limits on an outcome, each kept where the value is at most 0.
 
-    ``dense`` has the dense network's ``macs`` and ``accuracy_search``.
+    ``dense`` has the dense network's ``macs`` and ``accuracy_search``, and ``latency_ms`` where that is limited.
     """
     limits: dict[str, float] = {}
     if budget.max_macs_ratio is not None:
         limits["max_macs_ratio"] = outcome.macs / dense["macs"] - budget.max_macs_ratio
+    if budget.max_latency_ratio is not None and outcome.latency_ms is not None:
+        limits["max_latency_ratio"] = outcome.latency_ms / dense["latency_ms"] - budget.max_latency_ratio
     if budget.max_drop is not None:
         limits["max_drop"] = 100 * (dense["accuracy_search"] - outcome.accuracy_search) - budget.max_drop
     return limits

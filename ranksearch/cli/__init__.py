@@ -44,6 +44,7 @@ def _options(
 
 _EXAMPLES: dict[Callable[..., None], str] = {
     searching.inspect: "inspect search_spaces/quickstart.yaml",
+    searching.latency: "latency search_spaces/quickstart.yaml -o latencies.json --set latency.runtime=onnxruntime",
     searching.search: "search search_spaces/quickstart.yaml --set budget.trials=40 --study first",
     searching.resume: "resume first --trials 100",
     comparing.compare: "compare search_spaces/quickstart.yaml --strategies uniform,knapsack,optuna:tpe --seeds 2",

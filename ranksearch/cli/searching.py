@@ -26,9 +26,10 @@ from ranksearch.cli.options import (
     say,
 )
 from ranksearch.cli.progress import Reporter
-from ranksearch.cli.tables import front_table, inspection, layers_table, percent, records
+from ranksearch.cli.tables import front_table, inspection, latencies_table, layers_table, percent, records
 from ranksearch.errors import RanksearchError
 from ranksearch.secrecy import redacted
+from ranksearch.trial import LIMITS
 
 if TYPE_CHECKING:
     from ranksearch.study import Study
@@ -69,6 +70,39 @@ def inspect(
         f"{searched} of {len(found['layers'])} layers searched, {float(found['rank_maps']):.2g} rank maps, "
         f"the cheapest with {percent(least / dense['macs'], 1)} % of the MACs"
     )
+
+
+def latency(
+    space: SpaceFile,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.json", help="Where the latencies go.", show_default=False)
+    ],
+    networks: Annotated[
+        int, typer.Option(min=0, help="Random rank maps whose networks are built and timed, to check predictions.")
+    ] = 5,
+    settings: Settings = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how long every candidate takes on this machine: for `latency.table` of a space, here or elsewhere."""
+    from ranksearch.launch import time_candidates
+
+    with Reporter() as reporter:
+        found, checks = time_candidates(
+            space, settings=settings or (), networks=networks, storage=storage, notify=reporter.notify
+        )
+    found.save(output)
+    if as_json:
+        rows = [dict(zip(("macs_ratio", "predicted_ms", "measured_ms"), check, strict=True)) for check in checks]
+        names = ("device", "runtime", "batch_images", "threads", "dense_ms")
+        typer.echo(json.dumps({**{name: getattr(found, name) for name in names}, "networks": rows}, indent=2))
+        return
+    console().print(latencies_table(found, checks))
+    say(
+        f"\n{len(found.layers_ms)} candidates on {found.device}, {found.runtime}, batch {found.batch_images}, "
+        f"{found.threads} thread{'s' if found.threads > 1 else ''}. Written: {output}"
+    )
+    say("Use it: --set objectives=[accuracy,latency] --set latency.table=" + shlex.quote(str(output)))
 
 
 def search(
@@ -181,7 +215,7 @@ def _conclude(study: Study, storage: str | None, as_json: bool) -> None:
         complain(f"all {len(failed)} trials of {study.name} failed.{reason}")
         raise typer.Exit(1)
     if not study.front_trials(trials):
-        limits = study.space.budget.model_dump(include={"max_macs_ratio", "max_drop"}, exclude_none=True)
+        limits = study.space.budget.model_dump(include={*LIMITS}, exclude_none=True)
         complain(f"none of {len(complete)} trials of {study.name} is within the budget's limits {limits}.")
         raise typer.Exit(1)
     if as_json:

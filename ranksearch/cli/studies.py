@@ -10,7 +10,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,6 +60,9 @@ MaxMacsRatio = Annotated[
     float | None, typer.Option(min=0, max=1, help="The most accurate with at most this share of the MACs.")
 ]
 MaxGmacs = Annotated[float | None, typer.Option(min=0, help="The same with at most so many GMACs.")]
+MaxLatencyRatio = Annotated[
+    float | None, typer.Option(min=0, max=1, help="The same with at most this share of the predicted latency.")
+]
 MaxDrop = Annotated[
     float | None, typer.Option(min=0, metavar="PP", help="The cheapest that loses at most so many points.")
 ]
@@ -71,6 +74,7 @@ def export(
     name: StudyName,
     max_macs_ratio: MaxMacsRatio = None,
     max_gmacs: MaxGmacs = None,
+    max_latency_ratio: MaxLatencyRatio = None,
     max_drop: MaxDrop = None,
     knee: Knee = False,
     trial: TrialNumber = None,
@@ -81,37 +85,42 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Write the rank map of the trial that a rule picks, with its weights if asked to."""
-    _exactly_one(max_macs_ratio, max_gmacs, max_drop, knee, trial)
+    rule = _exactly_one(
+        max_macs_ratio=max_macs_ratio,
+        max_gmacs=max_gmacs,
+        max_latency_ratio=max_latency_ratio,
+        max_drop=max_drop,
+        knee_point=knee,
+        trial=trial,
+    )
     from ranksearch.export import choose
     from ranksearch.handover import export_trial
     from ranksearch.storage import Store
 
     store = Store(storage)
     study = store.open(name)
-    chosen = choose(
-        study, max_macs_ratio=max_macs_ratio, max_gmacs=max_gmacs, max_drop=max_drop, knee_point=knee, trial=trial
-    )
+    chosen = choose(study, **rule)
     with Reporter() as reporter:
         rank_map = export_trial(study, chosen, store, output, weights=save_weights, notify=reporter.notify)
     accuracy = rank_map.metrics.get("accuracy")
     shown = f"accuracy {percent(accuracy)} % (report images)" if accuracy is not None else "no report accuracy"
-    say(f"Trial {chosen.number}: {shown}, {percent(rank_map.macs_ratio, 1)} % of the MACs, {rank_map.params:,} params")
+    latency = rank_map.metrics.get("latency_ms")
+    timed = f", {latency:.3g} ms predicted" if latency is not None else ""
+    say(
+        f"Trial {chosen.number}: {shown}, {percent(rank_map.macs_ratio, 1)} % of the MACs, {rank_map.params:,} params"
+        f"{timed}"
+    )
     say(f"Written: {output}{f' and {save_weights}' if save_weights else ''}")
 
 
-def _exactly_one(
-    max_macs_ratio: float | None, max_gmacs: float | None, max_drop: float | None, knee: bool, trial: int | None
-) -> None:
-    rules = {
-        "--max-macs-ratio": max_macs_ratio is not None,
-        "--max-gmacs": max_gmacs is not None,
-        "--max-drop": max_drop is not None,
-        "--knee": knee,
-        "--trial": trial is not None,
-    }
-    if sum(rules.values()) != 1:
-        given = ", ".join(rule for rule, present in rules.items() if present) or "none"
-        raise typer.BadParameter(f"exactly one rule of {', '.join(rules)} must be given, found {given}")
+def _exactly_one(**rules: Any) -> dict[str, Any]:
+    """The one rule that was given, as :func:`ranksearch.export.choose` takes it."""
+    given = {name: value for name, value in rules.items() if value is not None and value is not False}
+    if len(given) != 1:
+        shown = {name: f"--{name.removesuffix('_point').replace('_', '-')}" for name in rules}
+        found = ", ".join(shown[name] for name in given) or "none"
+        raise typer.BadParameter(f"exactly one rule of {', '.join(shown.values())} must be given, found {found}")
+    return given
 
 
 def publish(
@@ -122,24 +131,29 @@ def publish(
     ] = None,
     max_macs_ratio: MaxMacsRatio = None,
     max_gmacs: MaxGmacs = None,
+    max_latency_ratio: MaxLatencyRatio = None,
     max_drop: MaxDrop = None,
     knee: Knee = False,
     trial: TrialNumber = None,
     storage: Storage = None,
 ) -> None:
     """Register the compressed network that a rule picks, the knee by default, in MLflow's Model Registry."""
-    if (max_macs_ratio, max_gmacs, max_drop, trial) == (None, None, None, None):
-        knee = True
-    _exactly_one(max_macs_ratio, max_gmacs, max_drop, knee, trial)
+    limits = (max_macs_ratio, max_gmacs, max_latency_ratio, max_drop, trial)
+    rule = _exactly_one(
+        max_macs_ratio=max_macs_ratio,
+        max_gmacs=max_gmacs,
+        max_latency_ratio=max_latency_ratio,
+        max_drop=max_drop,
+        knee_point=knee or all(limit is None for limit in limits),
+        trial=trial,
+    )
     from ranksearch.export import choose
     from ranksearch.publishing import publish as register
     from ranksearch.storage import Store
 
     store = Store(storage)
     study = store.open(name)
-    chosen = choose(
-        study, max_macs_ratio=max_macs_ratio, max_gmacs=max_gmacs, max_drop=max_drop, knee_point=knee, trial=trial
-    )
+    chosen = choose(study, **rule)
     with Reporter() as reporter:
         found = register(study, chosen, store, alias=alias, model=model, notify=reporter.notify)
     say(f"Trial {chosen.number} is version {found.version} of {found.model}, alias {alias}. Serve it with:")

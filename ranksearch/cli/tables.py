@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from ranksearch.comparison import Comparison as Strategies
     from ranksearch.handover import Comparison
+    from ranksearch.latency import LatencyTable
     from ranksearch.layerwise import Decomposition
     from ranksearch.setting import Setting
     from ranksearch.study import Study
@@ -49,8 +51,9 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def front_table(study: Study) -> Table:
     """The front, the dense network last."""
-    columns = ("trial", "accuracy %", "95 % interval", "search %", "MACs %", "GMACs", "params", "origin")
-    made = table(*columns)
+    columns = ["trial", "accuracy %", "95 % interval", "search %", "MACs %", "GMACs", "params", "origin"]
+    timed = study.setting.table.timing is not None
+    made = table(*columns[:-1], *(["ms"] if timed else []), columns[-1])
     for row in records(study.front()):
         low, high = percent(row["accuracy_low"], 1), percent(row["accuracy_high"], 1)
         made.add_row(
@@ -61,11 +64,14 @@ def front_table(study: Study) -> Table:
             percent(row["macs_ratio"], 1),
             f"{row['gmacs']:.4g}",
             f"{row['params']:,}",
+            *([f"{row['latency_ms']:.4g}"] if timed else []),
             row["origin"],
         )
     dense = study.setting.dense
     scores = (percent(dense["accuracy"]), "", percent(dense["accuracy_search"]))
-    made.add_row("dense", *scores, "100.0", f"{dense['macs'] / 1e9:.4g}", f"{int(dense['params']):,}", "", style="dim")
+    costs = ["100.0", f"{dense['macs'] / 1e9:.4g}", f"{int(dense['params']):,}"]
+    costs += [f"{dense['latency_ms']:.4g}"] if timed else []
+    made.add_row("dense", *scores, *costs, "", style="dim")
     return made
 
 
@@ -126,6 +132,17 @@ def inspection(setting: Setting, layers: list[Layer]) -> dict[str, Any]:
         "rank_maps": str(setting.table.size),
         "layers": rows,
     }
+
+
+def latencies_table(found: LatencyTable, checks: Sequence[tuple[float, float, float]]) -> Table:
+    """Whole networks, predicted and measured: the dense one, and random rank maps."""
+    made = table("network", "MACs %", "predicted ms", "measured ms", "error %", "times faster", left=1)
+    made.add_row("dense", "100.0", "", f"{found.dense_ms:.4g}", "", "1.00")
+    for ratio, predicted, measured in checks:
+        error = percent(predicted / measured - 1, 1)
+        faster = f"{found.dense_ms / measured:.2f}"
+        made.add_row("random ranks", percent(ratio, 1), f"{predicted:.4g}", f"{measured:.4g}", error, faster)
+    return made
 
 
 def layers_table(found: dict[str, Any]) -> Table:

@@ -239,6 +239,8 @@ def _named_paths(space: Space) -> Iterator[str]:
     if space.model.weights:
         yield space.model.weights
     yield from space.strategy.seed_maps
+    if space.latency is not None and space.latency.table is not None:
+        yield space.latency.table
     if space.data.source == "npz":
         root = space.data.root or "."
         yield from (f"{root}/{file}" for file in (*space.data.train, *space.data.validation))

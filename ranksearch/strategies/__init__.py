@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
@@ -27,6 +27,7 @@ from ranksearch.strategies.evbmf import Evbmf
 from ranksearch.strategies.greedy import Greedy
 from ranksearch.strategies.greedy_multi_step import GreedyMultiStep
 from ranksearch.strategies.history import proposals_made, tried
+from ranksearch.strategies.hull import Cost
 from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.strategies.ladder import Ladder, Rule
 from ranksearch.strategies.lc import Lc
@@ -83,6 +84,8 @@ class Terms:
     """Shares of the dense network's MACs that matter most."""
     max_macs_ratio: float = inf
     """Rank maps with a larger share of the MACs are of no use."""
+    max_latency_ratio: float = inf
+    """Likewise of the dense network's latency."""
     formats: tuple[str, ...] = ()
     """The space's formats; empty where they are not known."""
 
@@ -94,15 +97,18 @@ Maker = Callable[[StrategySpec, Terms], Strategy]
 def _ladder(kind: type[Rule]) -> Maker:
     """The maker of a rule's ladder."""
     return lambda spec, terms: Ladder(
-        rule=_built(kind, spec, terms), targets=terms.targets, max_macs_ratio=terms.max_macs_ratio
+        rule=_built(kind, spec, terms),
+        targets=terms.targets,
+        max_macs_ratio=terms.max_macs_ratio,
+        max_latency_ratio=terms.max_latency_ratio,
     )
 
 
 def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) -> Built:
     """``kind`` with the spec's options for its fields, but for those ``given``.
 
-    A field ``price`` is the spec's; a field ``cost`` is the parameters where the objectives name them and no MACs; a
-    field ``targets`` is that of the terms where they have some.
+    A field ``price`` is the spec's, ``cost`` the first one of the objectives, ``targets`` that of the terms where they
+    have some.
     """
     fields = signature(kind).parameters
     taken = [name for name in fields if name not in ("price", *given)]
@@ -112,8 +118,8 @@ def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) ->
     if "price" in fields:
         problems += _unknown_price(spec)
         given |= {} if spec.price is None else {"price": spec.price}
-    if "cost" in taken and "params" in terms.objectives and "macs" not in terms.objectives:
-        given["cost"] = "params"
+    if "cost" in taken:
+        given["cost"] = next((name for name in terms.objectives if name in get_args(Cost)), "macs")
     if "targets" in taken and terms.targets:
         given["targets"] = terms.targets
     if not problems:
@@ -131,7 +137,8 @@ def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
 
 
 def _auto(spec: StrategySpec, terms: Terms) -> Strategy:
-    given = {name: getattr(terms, name) for name in ("seed", "objectives", "targets", "max_macs_ratio")}
+    names = ("seed", "objectives", "targets", "max_macs_ratio", "max_latency_ratio")
+    given = {name: getattr(terms, name) for name in names}
     return _built(Auto, spec, terms, **given)
 
 

@@ -78,12 +78,14 @@ class Alds:
     max_macs_ratio: float = inf
     """No rank map with more MACs than this share is tried."""
     cost: Cost = "macs"
-    """What the budget is of: ``macs`` or ``params``."""
+    """What the budget is of: ``macs`` or ``params``, which ranks are in proportion to."""
     exact: bool = True
     """Whether the least largest error is found at once; else by the paper's alternation."""
 
     def __post_init__(self) -> None:
         check_cost(self.cost)
+        if self.cost == "latency":
+            raise ValueError("cost must be macs or params, found 'latency'")
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""

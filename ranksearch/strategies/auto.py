@@ -56,9 +56,10 @@ class Auto:
     objectives: tuple[str, ...]
     targets: tuple[float, ...] = ()
     max_macs_ratio: float = inf
+    max_latency_ratio: float = inf
     price: str = PRICE
     cost: Cost = "macs"
-    """What the front is against: ``macs`` or ``params``."""
+    """What the front is against: ``macs``, ``params`` or ``latency``."""
     first: int = 12
     """Proposals before the prices are learned."""
     min_gain: float = 0.0
@@ -78,7 +79,8 @@ class Auto:
             return DONE
         made = proposals_made(trials, NAME)
         rule = Knapsack(price=self.price, cost=self.cost)
-        ladder = Ladder(rule=rule, targets=self.targets, max_macs_ratio=self.max_macs_ratio)
+        limits = {"max_macs_ratio": self.max_macs_ratio, "max_latency_ratio": self.max_latency_ratio}
+        ladder = Ladder(rule=rule, targets=self.targets, **limits)
         if made < max(self.first, len(self.targets)):
             choices = ladder.rung(table, known, made)
             if choices is not None:
@@ -95,7 +97,7 @@ class Auto:
             price=self.price,
             cost=self.cost,
             objectives=self.objectives,
-            max_macs_ratio=self.max_macs_ratio,
+            **limits,
         )
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng([self.seed, index, attempt])

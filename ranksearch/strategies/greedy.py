@@ -26,7 +26,7 @@ class Greedy:
 
     price: str = PREDICTED
     cost: Cost = "macs"
-    """What a step saves: ``macs`` or ``params``."""
+    """What a step saves: ``macs``, ``params`` or ``latency``."""
 
     name = "greedy"
 

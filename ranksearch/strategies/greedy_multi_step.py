@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Final, Literal
 
-from ranksearch.strategies.hull import Cost, check_cost, layer_costs
+from ranksearch.strategies.hull import Cost, check_cost, layer_costs, whole_cost
 from ranksearch.strategies.ladder import Choices
 from ranksearch.table import LayerPrices, PriceTable
 from ranksearch.trial import DONE, WAIT, Outcome, Proposal, Signal, Trial
@@ -47,7 +47,7 @@ class GreedyMultiStep:
     measure: Literal["loss", "accuracy"] = "loss"
     """What a move loses: cross-entropy, or accuracy, on the search images."""
     cost: Cost = "macs"
-    """What it saves: ``macs`` or ``params``."""
+    """What it saves: ``macs``, ``params`` or ``latency``."""
 
     def __post_init__(self) -> None:
         check_cost(self.cost)
@@ -98,10 +98,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.costs = layer_costs(self.table, self.rule.cost)
-        if self.rule.cost == "macs":
-            other, dense = self.table.other_macs, self.table.dense_macs
-        else:
-            other, dense = self.table.other_params, self.table.dense_params
+        dense, other = whole_cost(self.table, self.rule.cost)
         self.limit = self.rule.target * dense - other
         """What the searched layers may cost."""
         self.limit = max(self.limit, sum(min(costs) for costs in self.costs))

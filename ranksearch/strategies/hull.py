@@ -11,12 +11,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from ranksearch.errors import PriceError
 from ranksearch.strategies.ladder import Choices
 from ranksearch.table import Candidate, PriceTable
 
-Cost = Literal["macs", "params"]
+Cost = Literal["macs", "params", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +32,29 @@ class Corner:
 
 
 def cost_of(candidate: Candidate, cost: Cost) -> int:
-    """MACs per image, or parameters."""
+    """MACs per image, parameters, or whole nanoseconds of a batch."""
+    if cost == "latency":
+        return round(1e6 * (candidate.latency_ms or 0.0))
     return candidate.macs if cost == "macs" else candidate.params
 
 
 def check_cost(cost: str) -> None:
     """Raise ValueError unless ``cost`` is known."""
-    if cost not in ("macs", "params"):
-        raise ValueError(f"cost must be macs or params, found {cost!r}")
+    if cost not in get_args(Cost):
+        raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}, found {cost!r}")
+
+
+def whole_cost(table: PriceTable, cost: Cost) -> tuple[int, int]:
+    """What the dense network costs, and what of that is not the searched layers'.
+
+    Raises:
+        PriceError: the cost is the latency, and the table has none.
+    """
+    if cost == "latency":
+        if table.timing is None:
+            raise PriceError("the price table must have latencies, found none. Give the space a `latency` section.")
+        return round(1e6 * table.timing.dense_ms), round(1e6 * table.timing.other_ms)
+    return (table.dense_macs, table.other_macs) if cost == "macs" else (table.dense_params, table.other_params)
 
 
 def layer_losses(table: PriceTable, price: str) -> list[list[float]]:
@@ -47,7 +63,8 @@ def layer_losses(table: PriceTable, price: str) -> list[list[float]]:
 
 
 def layer_costs(table: PriceTable, cost: Cost) -> list[list[int]]:
-    """The cost of every candidate of every layer."""
+    """The cost of every candidate of every layer; raises PriceError where the table lacks it."""
+    whole_cost(table, cost)
     return [[cost_of(candidate, cost) for candidate in layer.candidates] for layer in table.layers]
 
 

@@ -44,7 +44,7 @@ class Knapsack:
 
     price: str = PREDICTED
     cost: Cost = "macs"
-    """What the front is against: ``macs`` or ``params``."""
+    """What the front is against: ``macs``, ``params`` or ``latency``."""
 
     name = "knapsack"
 

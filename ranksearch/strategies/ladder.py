@@ -48,6 +48,8 @@ class Ladder:
     """Shares of the dense network's MACs."""
     max_macs_ratio: float = inf
     """No rank map with more MACs than this share is tried."""
+    max_latency_ratio: float = inf
+    """Nor any that is predicted to take more than this share of the dense latency."""
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
@@ -59,6 +61,8 @@ class Ladder:
         """The rank map after ``made`` others that is not ``known``; None where there is none within the limit."""
         most = self.max_macs_ratio * table.dense_macs
         untried = [rung for rung in _rungs(self.rule, table) if rung[1] not in known and rung[0] <= most]
+        if self.max_latency_ratio < inf:
+            untried = [rung for rung in untried if table.latency_ratio(rung[1]) <= self.max_latency_ratio]
         if made < len(self.targets):
             limit = self.targets[made] * table.dense_macs
             return min(untried, key=lambda rung: (rung[0] > limit, abs(rung[0] - limit)), default=(0, None))[1]

@@ -27,7 +27,7 @@ class Lc:
 
     price: str = PREDICTED
     cost: Cost = "macs"
-    """C: ``macs`` or ``params``."""
+    """C: ``macs``, ``params`` or ``latency``."""
 
     name = "lc"
 

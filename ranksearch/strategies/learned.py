@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranksearch.front import non_dominated
-from ranksearch.strategies.hull import Cost, layer_costs, layer_losses
+from ranksearch.strategies.hull import Cost, layer_costs, layer_losses, whole_cost
 from ranksearch.strategies.knapsack import predicted_front
 from ranksearch.strategies.ladder import Choices
 from ranksearch.table import PriceTable
@@ -107,14 +107,14 @@ class LearnedPrices:
         price: str,
         cost: Cost,
         objectives: Sequence[str],
-        max_macs_ratio: float,
+        max_macs_ratio: float = inf,
+        max_latency_ratio: float = inf,
     ) -> None:
         self.prices = _prices(table, price, cost)
         self.quality = _Quality(accuracy="accuracy" in objectives)
-        self.limit = table.dense_macs * max_macs_ratio
+        self.limit, self.slowest = table.dense_macs * max_macs_ratio, max_latency_ratio
         self.table, self.layers = table, len(table.layers)
-        self.whole = float(table.macs(table.dense) if cost == "macs" else table.params(table.dense))
-        self.other = float(table.other_macs if cost == "macs" else table.other_params)
+        self.whole, self.other = map(float, whole_cost(table, cost))
         self.costs = [np.array(layer) for layer in self.prices.costs]
         self.macs = [np.array([c.macs for c in layer.candidates]) for layer in table.layers]
         maps = [trial for trial in trials if not trial.proposal.funnel]
@@ -136,8 +136,8 @@ class LearnedPrices:
         return [(points[i], found[i][0]) for i in non_dominated(points)]
 
     def allowed(self, choices: Choices) -> bool:
-        """Whether a rank map keeps the budget's limit on MACs."""
-        return self.table.macs(choices) <= self.limit
+        """Whether a rank map keeps the budget's limits on MACs and latency."""
+        return self.table.macs(choices) <= self.limit and self.table.latency_ratio(choices) <= self.slowest
 
     def features(self, choices: Sequence[int]) -> Floats:
         """``(2 + L + F,)``: what b, s, every a_l and every c_f are multiplied with."""
@@ -200,6 +200,8 @@ class LearnedPrices:
         added = self.weighted(weights)
         new = self._rows([c for c in predicted_front(self.prices.costs, added) if c not in known])
         new = new[self._totals(new, self.macs) + self.table.other_macs <= self.limit]
+        if self.slowest < inf:
+            new = new[[self.table.latency_ratio(choices) <= self.slowest for choices in new.tolist()]]
         if not len(new):
             return None
         losses = [np.array(layer) for layer in added]

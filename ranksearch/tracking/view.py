@@ -135,7 +135,7 @@ class View:
         study, outcome = self._study, trial.outcome
         metrics: dict[str, Any] = {}
         if outcome is not None:
-            measured = ("accuracy", "accuracy_search", "loss", "macs", "params", "seconds")
+            measured = ("accuracy", "accuracy_search", "loss", "macs", "params", "latency_ms", "seconds")
             metrics = {name: getattr(outcome, name) for name in measured if getattr(outcome, name) is not None}
             if seen := outcome.details.get("sensitivity"):  # over the steps of fine-tuning
                 metrics |= {"sensitivity_start": seen[0][1], "sensitivity": seen[-1][1]}

@@ -177,9 +177,9 @@ def test_a_worker_killed_by_its_trial_and_one_that_hears_nothing(cluster: Any, m
     That a worker died when it had long been silent does not say that its trial took too long.
     """
     accidents = {"2": "late", "4": "die", "6": "deaf", "8": "hang", "9": "exhaust", "10": "nan"}
-    search = plan(tmp_path, trials=24, address=cluster.address, minutes=0.05, seconds=0.1, accidents=accidents)
+    search = plan(tmp_path, trials=16, address=cluster.address, minutes=0.1, seconds=0.1, accidents=accidents)
     search.finish(400)
-    trials = check_study(search.study(), 24)
+    trials = check_study(search.study(), 16)
     reasons = {trial.index: str(trial.reason) for trial in trials if trial.state == "FAIL"}
     assert sorted(reasons) == [2, 4, 6, 8, 9, 10]
     assert "its worker died" in reasons[2]

@@ -93,7 +93,11 @@ def test_a_check_sees_what_is_sound_and_its_problems_join_the_others(mistake: di
         ({"budgett": {}}, "$.budgett", "Did you mean `budget`?"),
         ({"budget": {"trails": 3}}, "$.budget.trails", "Did you mean `trials`?"),
         ({"evaluation": {"fine_tune": {"stepz": 3}}}, "$.evaluation.fine_tune.stepz", "Did you mean `steps`?"),
-        ({"budget": {"zzz": 3}}, "$.budget.zzz", "Known here: trials, minutes, targets, max_macs_ratio, max_drop."),
+        (
+            {"budget": {"zzz": 3}},
+            "$.budget.zzz",
+            "Known here: trials, minutes, targets, max_macs_ratio, max_latency_ratio, max_drop.",
+        ),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(data: dict[str, object], address: str, remedy: str) -> None:

@@ -1,0 +1,208 @@
+"""Which price, and which cheap accuracy, tells what a rank map is worth after training; prints Markdown.
+
+Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.price_study --results file.jsonl``,
+the folder as ``search_spaces/resnet20-cifar10.yaml`` describes it. It goes on where the file of results ends.
+
+Rank maps of ResNet-20, ``tucker2`` and ``spatial-svd`` together, as many at each of three budgets: knapsack fronts of
+the predicted error, every layer's (and every format's) error multiplied by a random factor. Half of them with small
+factors, good allocations that differ; half with large ones, which come close to allocations at random. Each is scored
+on 1,250 search images after more and more work: factors alone; batch norms recalibrated; sequential regression as
+a search does it; that and a brief training. What all are compared with is the accuracy on the 2,500 report images
+after a longer training. Prices are sums over the layers, measured on 256 calibration images, one layer alone changed.
+
+Spearman's correlation is taken within each budget, where all rank maps have nearly the same MACs, and averaged over the
+budgets; the range is that of the averages over 2,000 bootstrap samples of the rank maps (5 to 95 %).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from ranksearch import load_space
+from ranksearch.data import to_input
+from ranksearch.evaluation import Bench, Evaluator, threads
+from ranksearch.preparation import factorise, located, make_bench, read_network, settle, silent, versions
+from ranksearch.prices import PRICES, measure
+from ranksearch.storage import Store
+from ranksearch.strategies.hull import layer_costs, layer_losses
+from ranksearch.strategies.knapsack import predicted_front
+from ranksearch.table import PREDICTED, PriceTable
+from ranksearch.trial import Task
+
+SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
+BUDGETS = (0.7, 0.5, 0.35)
+MAPS = 20
+"""Rank maps at each budget."""
+SPREADS = (0.7, 2.5)
+"""Standard deviations of the logarithm of the factors, in turn."""
+IMAGES = 256
+BATCH = 64
+BRIEF, LONG, RATE = 12, 60, 0.003
+"""Steps of training, of ``BATCH`` images each, and the largest learning rate: at 0.01, as searches have it by default,
+so short a training costs more than it restores."""
+Prices = Mapping[str, Sequence[Sequence[float]]]
+"""Price to layer to candidate to value."""
+
+
+def rank_maps(table: PriceTable) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """Budgets and choices, all different."""
+    generator = np.random.default_rng(0)
+    costs, losses = layer_costs(table, "macs"), layer_losses(table, PREDICTED)
+    seen: set[tuple[int, ...]] = set()
+    for budget in BUDGETS:
+        made = 0
+        while made < MAPS:
+            spread = SPREADS[made % len(SPREADS)]
+            tilted = []
+            for layer, own in zip(table.layers, losses, strict=True):
+                factor = {c.format: np.exp(spread * generator.standard_normal()) for c in layer.candidates}
+                tilted.append([float(e * factor[c.format]) for e, c in zip(own, layer.candidates, strict=True)])
+            within = [m for m in predicted_front(costs, tilted) if table.macs_ratio(m) <= budget]
+            choices = max(within, key=table.macs)
+            if choices not in seen:
+                seen.add(choices)
+                made += 1
+                yield budget, choices
+
+
+def prepared(storage: Path) -> tuple[Bench, Prices]:
+    """What evaluates the rank maps, and the prices of all candidates."""
+    settings = [
+        "data.search_images=1250",
+        "data.report_images=2500",
+        "formats=[tucker2,spatial-svd]",
+        "evaluation.factors=activation-aware",
+        "resources.engine=local",
+    ]
+    space, store = located(load_space(SPACE, settings), SPACE.parent), Store(storage)
+    network = read_network(space, store.cache, silent)
+    factors, failed = factorise(network, store.cache, silent)
+    setting = settle(network, factors, failed, store.cache, silent)
+    data, table = network.data, setting.table
+    images = to_input(data.calibration[:IMAGES], data)
+    found = measure(
+        network.model,
+        table,
+        factors,
+        images,
+        torch.as_tensor(data.train.labels[:IMAGES]).long(),
+        kind="activation-aware",
+        cache=store.cache,
+    )
+    prices = {price: [[row[price] for row in found[layer.name]] for layer in table.layers] for price in PRICES}
+    bench = make_bench(network, factors, setting, Path(tempfile.mkdtemp(dir=storage)), store.cache, silent)
+    return bench, {PREDICTED: layer_losses(table, PREDICTED), **prices}
+
+
+def evaluators(bench: Bench) -> dict[str, Callable[[Task], Any]]:
+    """By name, the ways in which a rank map is scored, from the cheapest on."""
+
+    def with_(steps: int = 0, **changes: Any) -> Evaluator:
+        own = bench.space.evaluation
+        tuned = own.fine_tune.model_copy(update={"steps": steps, "batch_images": BATCH, "learning_rate": RATE})
+        evaluation = own.model_copy(update={**changes, "fine_tune": tuned})
+        return Evaluator(replace(bench, space=bench.space.model_copy(update={"evaluation": evaluation})))
+
+    return {
+        "factors alone": with_(refit=False, recalibrate="never"),
+        "recalibrated": with_(refit=False, recalibrate="always"),
+        "regression": with_(),
+        f"regression, {BRIEF} steps": with_(BRIEF),
+        "long": with_(LONG),
+    }
+
+
+def evaluate(bench: Bench, path: Path) -> None:
+    """Score all rank maps that the file of results lacks."""
+    known = {tuple(json.loads(line)["choices"]) for line in path.read_text().splitlines()} if path.exists() else set()
+    ways = evaluators(bench)
+    for number, (budget, choices) in enumerate(rank_maps(bench.table)):
+        if choices in known:
+            continue
+        row: dict[str, Any] = {"budget": budget, "choices": choices, "macs_ratio": bench.table.macs_ratio(choices)}
+        for name, way in ways.items():
+            # Kept ones are scored on the report images too.
+            outcome = way(Task(number=number, choices=choices, seed=number, keep=name == "long", incumbents=((0, 0),)))
+            row[name] = outcome.accuracy if name == "long" else outcome.accuracy_search
+            row[f"{name}, seconds"] = outcome.seconds
+            if name == "regression":
+                row["measured loss"], row["measured divergence"] = outcome.loss, outcome.details["divergence"]
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def correlation(rows: Sequence[Mapping[str, Any]], key: str, sign: float) -> float:
+    """Mean over the budgets of Spearman's correlation with the accuracy after the longer training."""
+    found = []
+    for budget in BUDGETS:
+        ours = [row for row in rows if row["budget"] == budget]
+        found.append(spearmanr([sign * row[key] for row in ours], [row["long"] for row in ours]).statistic)
+    return float(np.nanmean(found))
+
+
+def resampled(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """Bootstrap samples, drawn within each budget."""
+    generator = np.random.default_rng(0)
+    groups = [[row for row in rows if row["budget"] == budget] for budget in BUDGETS]
+    for _ in range(2000):
+        yield [group[i] for group in groups for i in generator.integers(len(group), size=len(group))]
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines; continued where it ends")
+    arguments = parser.parse_args()
+    started = time.process_time()
+    with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as folder, threads(1):
+        bench, prices = prepared(Path(folder))
+        pricing = time.process_time() - started
+        evaluate(bench, arguments.results)
+    rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+    for row in rows:
+        for price, losses in prices.items():
+            row[price] = sum(own[i] for own, i in zip(losses, row["choices"], strict=True))
+    print(
+        "# Which price predicts\n\nPrinted by `python -m benchmarks.price_study`, whose first lines say what is done.\n"
+    )
+    print(f"{len(rows)} rank maps; {LONG} steps of {BATCH} images after regression are the longer training.")
+    for budget in BUDGETS:
+        ours = [100 * row["long"] for row in rows if row["budget"] == budget]
+        print(
+            f"At {budget:.2f} it ends between {min(ours):.1f} and {max(ours):.1f} %, {np.mean(ours):.1f} % on average."
+        )
+    print("\n| | needs | Spearman | 5 to 95 % | seconds a rank map |\n|---|---|---:|---:|---:|")
+    samples = list(resampled(rows))
+    table: list[tuple[str, str, float, str | None]]
+    table = [(price, "labels" if price in ("loss", "drop") else "images", -1.0, None) for price in prices]
+    table[0] = (PREDICTED, "factors", -1.0, None)
+    table += [
+        ("measured divergence", "the network", -1.0, "regression"),
+        ("measured loss", "the network", -1.0, "regression"),
+    ]
+    ways = ("factors alone", "recalibrated", "regression", f"regression, {BRIEF} steps")
+    table += [(way, "the network", 1.0, way) for way in ways]
+    found = [(correlation(rows, key, sign), key, needs, sign, way) for key, needs, sign, way in table]
+    for value, key, needs, sign, way in sorted(found, key=lambda row: -row[0]):
+        low, high = np.quantile([correlation(sample, key, sign) for sample in samples], [0.05, 0.95])
+        seconds = f"{np.median([row[f'{way}, seconds'] for row in rows]):.1f}" if way else ""
+        print(f"| {key} | {needs} | {value:.2f} | {low:.2f} to {high:.2f} | {seconds} |")
+    print(f"\nAll prices took {pricing:.0f} processor seconds, decompositions and statistics with them.\n")
+    print(f"Machine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
+    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+
+
+if __name__ == "__main__":
+    main()

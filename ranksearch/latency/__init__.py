@@ -1,0 +1,23 @@
+"""Latency: how long networks take, and how long they would, added up from what was measured layer by layer.
+
+``clock`` times one thing; ``runtimes`` are the ways to run it; ``measured`` times every candidate of a price table
+alone and makes a :class:`LatencyTable` of it (``record``), which says what any rank map takes without its network
+being built.
+"""
+
+from ranksearch.latency.clock import latency_ms, median_ms
+from ranksearch.latency.measured import checked, device_name, latencies, with_latencies
+from ranksearch.latency.record import LatencyTable
+from ranksearch.latency.runtimes import RUNTIMES, runner
+
+__all__ = [
+    "RUNTIMES",
+    "LatencyTable",
+    "checked",
+    "device_name",
+    "latencies",
+    "latency_ms",
+    "median_ms",
+    "runner",
+    "with_latencies",
+]
