@@ -74,7 +74,8 @@ class Past(Sequence[Trial]):
 def tried(trials: Sequence[Trial]) -> Set[tuple[int, ...]]:
     """The rank maps of every trial, whatever became of it: none of them is proposed again.
 
-    A funnel run's choices are no rank map that was tried: see :func:`runs`.
+    A funnel run's choices are no rank map that was tried: see :func:`runs`. The set is not to be changed: of a
+    :class:`Past` it is that one's own, as a copy would cost more with every trial.
     """
     if isinstance(trials, Past):
         return trials.tried
