@@ -34,7 +34,9 @@ demo: $(INSTALLED)  ## a search on the embedded data: front, export of the knee,
 	$(BIN)/ranksearch front demo --html $(DEMO)/front.html
 	$(BIN)/ranksearch export demo --knee -o $(DEMO)/rank_map.json --save-weights $(DEMO)/compressed.safetensors
 	$(BIN)/ranksearch evaluate $(DEMO)/rank_map.json
-	@echo "The front is $(DEMO)/front.html, its knee $(DEMO)/rank_map.json; every trial in MLflow: $(BIN)/ranksearch ui demo"
+	@echo "The front is $(DEMO)/front.html, its knee $(DEMO)/rank_map.json. To choose another point in the browser:"
+	@echo "  $(BIN)/ranksearch dashboard demo"
+	@echo "Every trial in MLflow: $(BIN)/ranksearch ui demo"
 
 check: $(INSTALLED)  ## lint, format, types, import layers
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The live dashboard of searches.
+"""The live dashboard of searches; `grafana/` has the board of a cluster.
 
 Dash with Plotly, because: the pictures are Plotly figures already; only what changed travels to the browser, where
 Streamlit would run the whole script again for every update and Panel holds a websocket and a copy of all the points

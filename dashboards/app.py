@@ -13,6 +13,7 @@ from dash.exceptions import PreventUpdate
 from dashboards import page
 from dashboards.feed import Feed, Snapshot
 from dashboards.figures import described, front_of, plain
+from dashboards.first import FirstLook
 from ranksearch import pictures
 from ranksearch.drawing import Picture
 from ranksearch.errors import RanksearchError
@@ -37,7 +38,7 @@ def build(feeds: Mapping[str, Feed], *, place: str = "", pause_ms: int = 1000) -
         place: how a command names the storage, `` --storage FOLDER``; empty where commands find it by themselves.
         pause_ms: the page asks for news this often.
     """
-    app = Dash("dashboards", title="ranksearch", update_title="", enable_mcp=False)
+    app = FirstLook(feeds, title="ranksearch", update_title="", enable_mcp=False)
     app.layout = page.page(list(feeds), pause_ms=pause_ms)
     _follow(app, feeds)
     _choose(app, feeds)
@@ -53,23 +54,40 @@ def build(feeds: Mapping[str, Feed], *, place: str = "", pause_ms: int = 1000) -
 
 
 def _follow(app: Dash, feeds: Mapping[str, Feed]) -> None:
+    # One answer brings the news and the picture: a second question would cost the reader its way there and back. Dash
+    # forgets an answer when the same question is put once more before it comes, so the clock waits meanwhile, and the
+    # page keeps what it has drawn: what got lost is drawn at the next tick.
     @app.callback(
         Output("progress", "children"),
         Output("versions", "data"),
+        Output("front", "figure"),
+        Output("drawn", "data"),
         Input("clock", "n_intervals"),
         Input("study", "value"),
+        Input("chosen", "data"),
         State("versions", "data"),
+        State("drawn", "data"),
+        running=[(Output("clock", "disabled"), True, False)],
     )
-    def follow(_ticks: int | None, name: str, seen: dict[str, int]) -> tuple[Any, Any]:
-        feed = feeds[name]
+    def follow(
+        _ticks: int | None,
+        name: str,
+        chosen: Mapping[str, Mapping[str, int]],
+        seen: dict[str, int],
+        drawn: Mapping[str, Any],
+    ) -> tuple[Any, Any, Any, Any]:
+        feed, mine = feeds[name], chosen.get(name, {})
         now = {other: one.snapshot.version for other, one in feeds.items()}
-        shown = feed.snapshot
-        if now == seen and shown.state != "running" and not feed.problem and ctx.triggered_id == "clock":
+        shown, wanted = feed.snapshot, {"versions": now, "study": name, "marked": mine}
+        if wanted == drawn and shown.state != "running" and not feed.problem and ctx.triggered_id == "clock":
             raise PreventUpdate
-        return page.progress(shown, feed.problem), no_update if now == seen else now
+        told = page.progress(shown, feed.problem)
+        if wanted == drawn:
+            return told, no_update, no_update, no_update
+        fresh = no_update if now == seen else now
+        return told, fresh, front_of(shown, _others(shown, feeds), mine), wanted
 
     @app.callback(
-        Output("front", "figure"),
         Output("front-table", "children"),
         Output("troubles", "children"),
         Input("versions", "data"),
@@ -77,11 +95,10 @@ def _follow(app: Dash, feeds: Mapping[str, Feed]) -> None:
         Input("chosen", "data"),
         prevent_initial_call=True,
     )
-    def draw(_seen: Any, name: str, chosen: Mapping[str, Mapping[str, int]]) -> tuple[Any, Any, Any]:
-        shown, mine = feeds[name].snapshot, chosen.get(name, {})
-        drawn = front_of(shown, _others(shown, feeds), mine)
+    def draw(_seen: Any, name: str, chosen: Mapping[str, Mapping[str, int]]) -> tuple[Any, Any]:
+        shown = feeds[name].snapshot
         failures = no_update if ctx.triggered_id == "chosen" else page.troubles(shown)
-        return drawn, page.front_table(shown, mine), failures
+        return page.front_table(shown, chosen.get(name, {})), failures
 
 
 def _others(shown: Snapshot, feeds: Mapping[str, Feed]) -> list[Snapshot]:
@@ -195,7 +212,7 @@ def _hand_over(app: Dash, feeds: Mapping[str, Feed], place: str) -> None:
             return no_update, str(error)
         file = "rank_map.json"
         sent = {"content": content.decode(), "filename": file, "type": "application/json"}
-        return sent, f"Trial {number} is in {file}, where your browser keeps downloads."
+        return sent, f"Trial {number} is in {file}, where your browser keeps downloads; its weights are not."
 
 
 def exported(shown: Snapshot, number: int) -> bytes:

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast
 
-from ranksearch.front import dominates
 from ranksearch.pictures import Progress
 from ranksearch.study import Study
 from ranksearch.trial import Outcome, Trial, ends_per_second
@@ -76,7 +75,9 @@ class Feed:
         self._ended: dict[int, Trial] = {}
         self._latest: dict[int, tuple[int, bool]] = {}
         """Proposal to its last try that ended, and whether it is to be tried once more."""
-        self._front: list[Trial] = []
+        self._growing = study.growing_front()
+        self._front: tuple[Trial, ...] = ()
+        """Its members by rising MACs."""
         self._course: list[Progress] = []
         self._failures: Counter[str] = Counter()
         self._last_failed: dict[str, int] = {}
@@ -134,7 +135,7 @@ class Feed:
             study=self._study,
             trials=MappingProxyType(dict(self._ended)),
             running=running,
-            front=tuple(self._front),
+            front=self._front,
             course=tuple(self._course),
             failures=tuple(
                 (reason, count, self._last_failed[reason]) for reason, count in self._failures.most_common()
@@ -152,14 +153,10 @@ class Feed:
         if trial.state == "FAIL":
             self._failures[trial.reason or "unknown"] += 1
             self._last_failed[trial.reason or "unknown"] = trial.number
-        moved = trial.feasible and not any(
-            dominates(self._study.point(one), self._study.point(trial)) for one in self._front
-        )
         value = self._course[-1].hypervolume if self._course else 0.0
-        if moved:
-            # Of equal points the first is kept.
-            self._front = self._study.front_trials(sorted([*self._front, trial], key=lambda t: t.number))
-            value = self._study.hypervolume(self._front)
+        if self._growing.take(trial):
+            self._front = tuple(self._study.front_trials(list(self._growing)))
+            value = self._study.hypervolume(list(self._front))
         self._course.append(Progress(trials=len(self._course) + 1, end_ms=trial.end_ms, hypervolume=value))
 
 

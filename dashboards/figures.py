@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from dashboards.feed import Snapshot, outcome_of
-from ranksearch.drawing import LEGEND, Picture, figure
+from ranksearch.drawing import Picture, plotly_json
 from ranksearch.plots import front_picture
 from ranksearch.trial import Trial
 
-DRAWN = 800
+DRAWN = 400
 """Dominated trials that are drawn at most: a picture of more would take the browser longer than a person waits."""
 _TICKS = 5
 """Labels that a telephone has room for."""
@@ -48,10 +48,12 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     made = plain(picture)
     if len(drawn) < len(dominated):
         made["data"][0]["name"] = f"Dominated (accuracy on search images), {len(drawn)} of {len(dominated):,} drawn"
+    found = [(letter, trial) for letter, number in marked.items() if (trial := shown.trials.get(number))]
+    found.sort(key=lambda pair: (outcome_of(pair[1]).macs, pair[0]))
     marks = [
-        _mark(letter, trial, on_front=number in front)
-        for letter, number in marked.items()
-        if (trial := shown.trials.get(number))
+        # The cheaper one's letter is to the left, so that the two do not meet between their points.
+        _mark(letter, trial, on_front=trial.number in front, left=not i)
+        for i, (letter, trial) in enumerate(found)
     ]
     made["layout"]["annotations"] = [*made["layout"].get("annotations", ()), *marks]
     made["layout"]["uirevision"] = study.name  # the reader's zoom outlives an update
@@ -65,7 +67,9 @@ def thinned(trials: Sequence[Trial], limit: int = DRAWN) -> list[Trial]:
     """
     if len(trials) <= limit:
         return list(trials)
-    places = np.array([(outcome_of(t).macs, outcome_of(t).accuracy_search) for t in trials])
+    outcomes = [trial.outcome for trial in trials if trial.outcome is not None]
+    macs = np.fromiter((one.macs for one in outcomes), float, len(trials))
+    places = np.stack([macs, np.fromiter((one.accuracy_search for one in outcomes), float, len(trials))], axis=1)
     low, high = places.min(axis=0), places.max(axis=0)
     scaled = (places - low) / np.maximum(high - low, 1e-12)
     cells, first = 96, list(range(len(trials)))
@@ -76,7 +80,7 @@ def thinned(trials: Sequence[Trial], limit: int = DRAWN) -> list[Trial]:
     return [trials[i] for i in sorted(first)]
 
 
-def _mark(letter: str, trial: Trial, *, on_front: bool) -> dict[str, Any]:
+def _mark(letter: str, trial: Trial, *, on_front: bool, left: bool) -> dict[str, Any]:
     """A letter at the trial's dot: the front is drawn by the report images, all else by the search images."""
     outcome = outcome_of(trial)
     accuracy = outcome.accuracy if on_front and outcome.accuracy is not None else outcome.accuracy_search
@@ -84,7 +88,7 @@ def _mark(letter: str, trial: Trial, *, on_front: bool) -> dict[str, Any]:
         "x": outcome.macs / 1e9,
         "y": 100 * accuracy,
         "text": f"<b>{letter}</b>",
-        "ax": -22 if letter == "A" else 22,
+        "ax": -22 if left else 22,
         "ay": -30,
         "arrowhead": 2,
         "bordercolor": "#808080",
@@ -98,20 +102,21 @@ def plain(picture: Picture) -> dict[str, Any]:
         places, labels = picture.ticks
         step = -(-len(places) // _TICKS)
         picture = replace(picture, ticks=(places[::-step], labels[::-step]))
-    made = figure(picture)
-    made.update_layout(
-        title=None,
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 64, "r": 16, "t": 24, "b": 48},
-        legend=LEGEND,
-        hoverlabel={"namelength": -1},
-        font={"size": 13, "family": "system-ui, sans-serif"},
-    )
-    made.update_xaxes(tickangle=None if picture.cells else 0, gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    made.update_yaxes(gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    found: dict[str, Any] = made.to_plotly_json()
+    found = plotly_json(picture)
+    layout = found["layout"]
+    for name in ("title", "template"):
+        del layout[name]
+    layout |= {
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": 64, "r": 16, "t": 24, "b": 48},
+        "hoverlabel": {"namelength": -1},
+        "font": {"size": 13, "family": "system-ui, sans-serif"},
+    }
+    layout["xaxis"] |= {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
+    layout["yaxis"] |= {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False}
+    if not picture.cells:
+        layout["xaxis"]["tickangle"] = 0
     for trace in found["data"]:
         for part in (trace.get("line", {}), trace.get("marker", {})):
             if part.get("color") == _DAY_ONLY:

@@ -37,7 +37,7 @@ def page(names: Sequence[str], *, pause_ms: int) -> html.Div:
     return html.Div(
         [
             html.A("Skip to the front", href="#front-part", className="skip"),
-            html.Header([html.H1("ranksearch"), html.Button("Day or night", id="theme", n_clicks=0)]),
+            html.Header([html.H1(title(names)), html.Button("Day or night", id="theme", n_clicks=0)]),
             html.Main(
                 [
                     _choice("study", "Study", {name: name for name in names}, names[0], hidden=len(names) < 2),
@@ -51,11 +51,17 @@ def page(names: Sequence[str], *, pause_ms: int) -> html.Div:
             ),
             dcc.Interval(id="clock", interval=pause_ms),
             dcc.Store(id="versions", data={}),
+            dcc.Store(id="drawn", data={}),
             dcc.Store(id="chosen", data={}),
             dcc.Download(id="download"),
             html.Div(id="theme-now", hidden=True),
         ]
     )
+
+
+def title(names: Sequence[str]) -> str:
+    """The page's heading: with the study's name, where it shows one."""
+    return f"ranksearch: {names[0]}" if len(names) == 1 else "ranksearch"
 
 
 def _label(text: str, **more: str) -> dict[str, Any]:
@@ -105,7 +111,10 @@ def _pick_part() -> html.Section:
             html.Button("Pick", id="pick", n_clicks=0, className="main-button"),
             html.P(id="pick-answer", role="status"),
             html.H2("Take it with you"),
-            html.P("The rank map is a small JSON file: layer to format and ranks."),
+            html.P(
+                "The rank map is a small JSON file: layer to format and ranks, without weights. Commands that export a "
+                "chosen point with its weights, as it was measured, then stand below."
+            ),
             html.Div(
                 [html.Button(f"Export {slot}", id=f"export-{slot}", n_clicks=0, disabled=True) for slot in "AB"],
                 className="buttons",
@@ -297,5 +306,5 @@ def commands(study: str, place: str, chosen: Mapping[str, int]) -> list[Any]:
         f"ranksearch export {study} --trial {number} -o rank_map.json --save-weights compressed.safetensors{place}",
         f"ranksearch evaluate rank_map.json{place}",
     ]
-    said = html.P(f"The same in a terminal, for {slot}, with its weights:")
-    return [said, html.Pre("\n".join(lines), tabIndex=0, role="region", **_label("Commands"))]
+    said = html.P(f"In a terminal, {slot} with its weights, then beside the dense network:")
+    return [said, *(html.Pre(line) for line in lines)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ranksearch.front import Front
+from ranksearch.front import NumberedFront
 from ranksearch.strategies import Strategy
 from ranksearch.strategies.history import Past
 from ranksearch.study import Study
@@ -81,7 +81,7 @@ class Driver:
         self._queue: list[Task] = []
         self._deadline = time.monotonic() + 60 * (self._space.budget.minutes or 1e12)
         self._told = 0
-        self._told_front = Front()
+        self._told_front = NumberedFront()
         self._volume = 0.0
         """The hypervolume told last."""
         self._sweep()
@@ -160,9 +160,9 @@ class Driver:
         self._note(trial)
         return task_of(self._study, trial, tuple(self._front.points))
 
-    def _front_of(self, trials: Iterable[Trial]) -> Front:
+    def _front_of(self, trials: Iterable[Trial]) -> NumberedFront:
         """The front of the feasible trials, by their numbers."""
-        front = Front()
+        front = NumberedFront()
         for trial in trials:
             if trial.feasible:
                 front.put(self._study.point(trial), trial.number)

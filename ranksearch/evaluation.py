@@ -289,7 +289,10 @@ class Evaluator:
         modules, reports = self._chains(picked, kind)
         model = channels_last(replaced(self.dense, modules))
         if self.spec.refit:
-            sequential_regression(model, modules, self.samples, self.refit_images)
+            convs = self.bench.table.convs
+            chains = {name: (c.format, convs[name], c.ranks) for name, c in picked.items()}
+            wanted = chains if self.spec.refit_stages == "all" else None
+            sequential_regression(model, modules, self.samples, self.refit_images, chains=wanted)
         return model, reports
 
     def _chains(self, picked: Mapping[str, Candidate], kind: Kind) -> tuple[dict[str, nn.Module], dict[str, Report]]:

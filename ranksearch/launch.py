@@ -41,6 +41,7 @@ from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Outcome, Trial
 
 if TYPE_CHECKING:
+    from ranksearch.engine.meter import Meter
     from ranksearch.tracking import Tracker
 
 
@@ -318,12 +319,20 @@ def drive(
         from ranksearch.tracking import View
 
         view = View(study, tracker)
-    driver = Driver(study, _strategy(study.space, choices), view=view, watch=watch)
+    meter = _meter(study)
+
+    def ended(study: Study, trial: Trial) -> None:
+        if meter is not None:
+            meter.ended(trial)
+        if watch is not None:
+            watch(study, trial)
+
+    driver = Driver(study, _strategy(study.space, choices), view=view, watch=ended)
     status: Literal["FINISHED", "KILLED", "FAILED"] | None = "FAILED"
     try:
         if factory is not None:
             notify("starting the workers", 0, 1)
-            build_engine(study.space.resources).run(factory, driver)
+            build_engine(study.space.resources, meter).run(factory, driver)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -338,6 +347,15 @@ def drive(
             driver.stop()
             if view is not None:
                 view.finish(status)
+
+
+def _meter(study: Study) -> Meter | None:
+    """What exports the search's figures: Ray's agents do, so none without Ray."""
+    if study.space.resources.engine != "ray":
+        return None
+    from ranksearch.engine.meter import Meter
+
+    return Meter(study)
 
 
 def _tracking(space: Space, folder: Path) -> AbstractContextManager[Tracker | None]:

@@ -6,7 +6,7 @@ Whoever works on several pieces keeps the traced network and the modules of all 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranksearch.calibration import as_image
-from ranksearch.conv import Conv
 from ranksearch.decompositions import FORMATS, Prepared, compressed_stages
 from ranksearch.downstream import Downstream, Pass, opened
 from ranksearch.evaluation import reproducible
 from ranksearch.factors import factors_at
 from ranksearch.space import StabiliseSpec
+from ranksearch.stages import composed
 from ranksearch.surgery import build_layer, channels_last, kernel_of
 from ranksearch.table import Candidate, LayerPrices
 
@@ -202,20 +202,6 @@ def _outcome(logits: Tensor, log_p: Tensor, labels: Tensor | None) -> tuple[floa
 
 def _restored(content: bytes) -> Measurement:
     return Measurement(**pickle.loads(content))
-
-
-def composed(stages: Sequence[Conv], weights: Sequence[Tensor]) -> Tensor:
-    """The one kernel ``(T, S, *kernel)``, float64, that a chain of stages applies; zero between groups."""
-    spatial = weights[0].ndim - 2
-    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-    inputs = stages[0].in_channels
-    kernel = torch.eye(inputs, dtype=torch.float64, device=weights[0].device).reshape(inputs, inputs, *[1] * spatial)
-    for stage, weight in zip(stages, weights, strict=True):
-        # Correlating with one kernel after another is correlating with their convolution; transposed, torch convolves.
-        tied = getattr(stage, "tied", 1)
-        groups = weight.double().reshape(stage.groups // tied, -1, *weight.shape[1:]).repeat_interleave(tied, 0)
-        kernel = convolve(kernel, groups.transpose(1, 2).flatten(0, 1), groups=stage.groups)
-    return kernel.transpose(0, 1)
 
 
 def share(error: float, whole: float) -> float:

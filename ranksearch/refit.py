@@ -9,21 +9,31 @@ hook, in the moment the activations reach it, so any network works, whatever its
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ranksearch.calibration import Sample, as_image, taps
+from ranksearch.calibration import Sample, as_image, patches
 from ranksearch.conv import Conv
 from ranksearch.decompositions import FORMATS, OwnGauge, Ranks, compressed_stages, regauged, sensitivity
+from ranksearch.reconstruction import reconstruct
 from ranksearch.stages import geometry, kernel_of, set_kernel
 from ranksearch.surgery import evaluating
+
+Chain = tuple[str, Conv, Ranks]
+"""The format of a layer that was replaced, its dense geometry and its ranks."""
 
 
 @torch.no_grad()
 def sequential_regression(
-    model: nn.Module, names: Iterable[str], samples: Mapping[str, Sample], images: Tensor, *, ridge: float = 1e-4
+    model: nn.Module,
+    names: Iterable[str],
+    samples: Mapping[str, Sample],
+    images: Tensor,
+    *,
+    chains: Mapping[str, Chain] | None = None,
+    ridge: float = 1e-4,
 ) -> None:
     """Refit, in place, the last stage of the named layers of the compressed ``model``.
 
@@ -32,16 +42,24 @@ def sequential_regression(
         names: the layers that were replaced.
         samples: the dense network's outputs of these layers on ``images``.
         images: calibration images ``(N, C, *size)``, the ones that the samples were taken on.
+        chains: what the layers were replaced by; given, all their stages are fitted first (see ``reconstruction``).
         ridge: pull towards the factor there is, relative to the mean square of the features.
     """
     handles = []
     for name in names:
-        last = cast(nn.Sequential, model.get_submodule(name))[-1]
+        chain = cast(nn.Sequential, model.get_submodule(name))
+
+        def fit(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name, stages: nn.Sequential = chain) -> None:
+            form, conv, ranks = cast(Mapping[str, Chain], chains)[name]
+            geometries = compressed_stages(FORMATS[form], conv, ranks)
+            reconstruct(stages, conv, geometries, inputs[0], samples[name], ridge=ridge)
 
         def refit(module: nn.Module, inputs: tuple[Tensor, ...], sample: Sample = samples[name]) -> None:
             _regress(module, inputs[0], sample, ridge)
 
-        handles.append(last.register_forward_pre_hook(refit))
+        if chains is not None:
+            handles.append(chain[0].register_forward_pre_hook(fit))
+        handles.append(chain[-1].register_forward_pre_hook(refit))
     try:
         with evaluating(model):
             model(images)
@@ -53,7 +71,7 @@ def sequential_regression(
 def _regress(module: nn.Module, x: Tensor, sample: Sample, ridge: float) -> None:
     """Weights and bias of one stage by ridge regression of ``sample`` on its input ``x``, one regression a group."""
     conv = geometry(module, tuple(x.shape))
-    features = _features(as_image(x, conv), conv, sample.pixels.to(x.device))
+    features = patches(as_image(x, conv), conv, sample.pixels.to(x.device))
     targets = sample.outputs.to(device=x.device, dtype=features.dtype).flatten(0, 1)
     weight, _ = kernel_of(module)
     parts = zip(features.chunk(conv.groups, 1), targets.chunk(conv.groups, 1), weight.chunk(conv.groups), strict=True)
@@ -81,18 +99,6 @@ def _solve(features: Tensor, targets: Tensor, kernel: Tensor, ridge: float) -> t
     if not bool(torch.isfinite(solution).all()):
         return None
     return solution.T.reshape(kernel.shape), mean_out - mean_in @ solution
-
-
-def _features(x: Tensor, conv: Conv, pixels: Tensor) -> Tensor:
-    """Patches ``(N P, S, *kernel)``, the kernel flat, under the kernel at the given output pixels."""
-    places: list[Any] = [slice(None), *torch.unravel_index(pixels, conv.output_size)]
-    # Channels-last, a tap is rows of channels, and picking pixels copies only those picked.
-    patches = [tap.movedim(1, -1)[tuple(places)] for tap in taps(x, conv)]
-    return torch.stack(patches, dim=-1).flatten(0, 1).float()
-
-
-Chain = tuple[str, Conv, Ranks]
-"""The format of a layer that was replaced, its dense geometry and its ranks."""
 
 
 @torch.no_grad()

@@ -217,3 +217,17 @@ def build_chain(
     if weights is None:
         weights = [torch.zeros(conv.weight_shape) for conv in stages]
     return nn.Sequential(*(build_stage(conv, weight, bias) for conv, weight in zip(stages, weights, strict=True)))
+
+
+def composed(stages: Sequence[Conv], weights: Sequence[Tensor]) -> Tensor:
+    """The one kernel ``(T, S, *kernel)``, float64, that a chain of stages applies; zero between groups."""
+    spatial = weights[0].ndim - 2
+    convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+    inputs = stages[0].in_channels
+    kernel = torch.eye(inputs, dtype=torch.float64, device=weights[0].device).reshape(inputs, inputs, *[1] * spatial)
+    for stage, weight in zip(stages, weights, strict=True):
+        # Correlating with one kernel after another is correlating with their convolution; transposed, torch convolves.
+        tied = getattr(stage, "tied", 1)
+        groups = weight.double().reshape(stage.groups // tied, -1, *weight.shape[1:]).repeat_interleave(tied, 0)
+        kernel = convolve(kernel, groups.transpose(1, 2).flatten(0, 1), groups=stage.groups)
+    return kernel.transpose(0, 1)

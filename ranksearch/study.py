@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from ranksearch import frames, pictures
 from ranksearch.drawing import figure
 from ranksearch.errors import StudyError
-from ranksearch.front import dominates, hypervolume, non_dominated
+from ranksearch.front import Front, hypervolume, non_dominated
 from ranksearch.lock import DatabaseLock
 from ranksearch.parameters import importance, parameters_of
 from ranksearch.patience import Patience
@@ -301,6 +301,10 @@ class Study:
         members = [feasible[i] for i in non_dominated(points)]
         return sorted(members, key=lambda t: (cast(Outcome, t.outcome).macs, t.number))
 
+    def growing_front(self) -> Front[Trial]:
+        """A front, empty yet, that takes trials one by one; its members are those that :meth:`front_trials` finds."""
+        return Front(lambda trial: self.point(trial) if trial.feasible else None, lambda trial: trial.number)
+
     def point(self, trial: Trial) -> tuple[float, ...]:
         """The objectives of a complete trial, minimised."""
         return minimised(cast(tuple[float, ...], trial.values), tuple(self.space.objectives))
@@ -338,12 +342,11 @@ class Study:
         ended = sorted(
             (t for t in (self.trials() if trials is None else trials) if t.end_ms), key=lambda t: (t.end_ms, t.number)
         )
-        front: list[Trial] = []
+        front = self.growing_front()
         points: list[Progress] = []
         for trial in ended:
-            moved = trial.feasible and not any(dominates(self.point(one), self.point(trial)) for one in front)
-            front = self.front_trials([*front, trial]) if moved else front
-            value = self.hypervolume(front) if moved else points[-1].hypervolume if points else 0.0
+            before = points[-1].hypervolume if points else 0.0
+            value = self.hypervolume(list(front)) if front.take(trial) else before
             points.append(Progress(trials=len(points) + 1, end_ms=trial.end_ms, hypervolume=value))
         return points
 

@@ -72,6 +72,24 @@ class GroupedNet(nn.Module):
         return logits
 
 
+class FragileNet(nn.Module):
+    """Of digits; it cannot run with fewer than 2,400 of its 3,738 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.one = nn.Conv2d(8, 16, 3, padding=1)
+        self.two = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (found := sum(parameter.numel() for parameter in self.parameters())) < 2400:
+            raise ValueError(f"{found} parameters are too few")
+        x = F.relu(self.two(F.relu(self.one(F.relu(self.stem(x))))))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
 def small_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> SmallNet:
     torch.manual_seed(seed)
     net = SmallNet().to(dtype).eval()

@@ -28,3 +28,10 @@ new MutationObserver(function () {
 }).observe(document.documentElement, {
   childList: true, subtree: true, attributes: true, attributeFilter: ["role", "aria-selected"],
 });
+
+// What the page itself brought of the front goes when Plotly has drawn it.
+new MutationObserver(function (_, watching) {
+  if (!document.querySelector("#front .scatterlayer .trace")) return;
+  document.getElementById("first-look")?.remove();
+  watching.disconnect();
+}).observe(document.documentElement, { childList: true, subtree: true });

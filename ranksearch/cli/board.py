@@ -31,7 +31,7 @@ class Board:
         self._done: set[int] = set()
         self._recent: deque[Trial] = deque(maxlen=RECENT)
         self._failures: Counter[str] = Counter()
-        self._front: list[Trial] = []
+        self._front = study.growing_front()
         self.take(*study.trials())
         self._recent.clear()  # what was tried before says nothing of the present rate
 
@@ -45,9 +45,7 @@ class Board:
             if trial.outcome is None:
                 self._failures[trial.reason or "unknown"] += 1
             self._recent.append(trial)
-        feasible = [trial for trial in trials if trial.feasible]
-        if feasible:
-            self._front = self._study.front_trials(sorted([*self._front, *feasible], key=lambda t: t.number))
+            self._front.take(trial)
 
     @property
     def per_second(self) -> float:

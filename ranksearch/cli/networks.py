@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -224,6 +225,11 @@ def evaluate(
     say(f"\n{found.dense.images} report images, {found.threads} CPU thread{'s' if found.threads > 1 else ''}")
     if found.factors == "weight-only":
         say("The map has no weights: decomposed afresh, weight-only, so not the network that the search measured.")
+        made = found.rank_map.provenance
+        if recorded is not None and {"study", "trial"} <= made.keys():
+            which = f"{shlex.quote(str(made['study']))} --trial {made['trial']}"
+            say(f"That one, with {percent(recorded)} %, comes with its weights:")
+            say(f"  ranksearch export {which} -o rank_map.json --save-weights compressed.safetensors")
     elif recorded is not None and data == "recorded":
         same = recorded == found.compressed.accuracy
         say(f"The search recorded {percent(recorded)} %: {'the same' if same else 'not the same'}.")

@@ -234,11 +234,12 @@ def _curve(study: Study, ended: Sequence[Trial]) -> tuple[Point, ...]:
     # Of a trial that a killed driver left, the end was written only when the search was continued.
     busy = _Busy((trial.start_ms, trial.end_ms) for trial in ordered if trial.reason != INTERRUPTED)
     points: list[Point] = []
-    front: list[Trial] = []
+    front = study.growing_front()
     for trial in ordered:
-        front = study.front_trials([*front, trial])
+        before = points[-1].hypervolume if points else 0.0
+        value = study.hypervolume(list(front)) if front.take(trial) else before
         seconds = busy.until(trial.end_ms) / 1000
-        points.append(Point(trials=len(points) + 1, seconds=seconds, hypervolume=study.hypervolume(front)))
+        points.append(Point(trials=len(points) + 1, seconds=seconds, hypervolume=value))
     return tuple(points)
 
 

@@ -10,12 +10,15 @@ import builtins
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ranksearch.engine.limit import Overdue, limited
 from ranksearch.secrecy import redacted
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Signal, Task
+
+if TYPE_CHECKING:
+    from ranksearch.engine.meter import Meter
 
 _REASON_LENGTH = 500
 
@@ -57,12 +60,12 @@ class Engine(Protocol):
         ...
 
 
-def build_engine(spec: ResourcesSpec) -> Engine:
-    """The engine that ``spec`` names."""
+def build_engine(spec: ResourcesSpec, meter: Meter | None = None) -> Engine:
+    """The engine that ``spec`` names; on Ray ``meter`` measures it."""
     if spec.engine == "ray":
         from ranksearch.engine.ray import RayEngine  # seconds of imports, so only where it is asked for
 
-        return RayEngine(spec)
+        return RayEngine(spec, meter)
     from ranksearch.engine.local import LocalEngine
 
     return LocalEngine(limit_s=limit_s(spec))

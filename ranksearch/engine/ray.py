@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ranksearch.engine import Evaluate, Factory, Source, attempt, brief, limit_s, memory, overdue, reason
 from ranksearch.engine.cluster import carried, cluster, nodes, quiet
 from ranksearch.engine.limit import GRACE_S
+from ranksearch.engine.meter import Meter
 from ranksearch.engine.resources import workers
 from ranksearch.errors import EngineError
 from ranksearch.secrecy import adopt
@@ -54,23 +55,24 @@ _FRUITLESS_WORKERS = 3
 class RayEngine:
     """Evaluates on Ray workers, on this machine or on a cluster."""
 
-    def __init__(self, spec: ResourcesSpec) -> None:
+    def __init__(self, spec: ResourcesSpec, meter: Meter | None = None) -> None:
         self._spec = spec
+        self._meter = meter
 
     def run(self, factory: Factory, source: Source) -> None:
         """Evaluate the tasks of ``source`` until it is DONE; see :class:`~ranksearch.engine.Engine`."""
-        with quiet(self._spec.address), cluster(self._spec):
+        with quiet(self._spec.address), cluster(self._spec), self._meter or nullcontext():
             actor: Any = ray.remote(num_cpus=0)(_Mailbox)
             try:
-                _fit(self._spec, factory, source, actor.remote())
+                _fit(self._spec, factory, source, actor.remote(), self._meter)
             except _Stopped as stopped:
                 raise stopped.error from None
 
 
-def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any) -> None:
+def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any, meter: Meter | None) -> None:
     """Run Tune, in a folder that is left to nobody, until the source is DONE."""
     worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox, limit_s=limit_s(spec))
-    dispatcher = _Dispatcher(source, _Capacity(spec), mailbox, spec.gpus_per_trial, limit_s(spec))
+    dispatcher = _Dispatcher(source, _Capacity(spec), mailbox, spec.gpus_per_trial, limit_s(spec), meter)
     with tempfile.TemporaryDirectory(prefix="ranksearch-tune-") as folder:
         tune.Tuner(
             tune.with_resources(worker, _placement(spec)),
@@ -202,9 +204,16 @@ class _Dispatcher(Searcher):
     """Starts workers, keeps them in tasks, and hands results to the source; runs in the driver."""
 
     def __init__(
-        self, source: Source, capacity: _Capacity, mailbox: Any, gpu_share: float, limit_s: float | None
+        self,
+        source: Source,
+        capacity: _Capacity,
+        mailbox: Any,
+        gpu_share: float,
+        limit_s: float | None,
+        meter: Meter | None = None,
     ) -> None:
         super().__init__()
+        self._meter = meter
         self._source = source
         self._capacity = capacity
         self._mailbox = mailbox
@@ -246,6 +255,7 @@ class _Dispatcher(Searcher):
         if len(self._running) < self._capacity() and self._refill(wanted) and len(self._ready) >= wanted:
             self._running[trial_id] = {}
             self._starting.add(trial_id)
+            self._measure()
             return {"worker": trial_id, "gpu_share": self._gpu_share, "variables": carried()}
         return Searcher.FINISHED if self._exhausted and not self._ready else None
 
@@ -382,6 +392,15 @@ class _Dispatcher(Searcher):
                 self._mailbox.put.remote(worker, None)
                 self._running.pop(worker)
                 self._places.pop(worker, None)
+        self._measure()
+
+    def _measure(self) -> None:
+        """Tell Prometheus what the workers do."""
+        if self._meter is not None:
+            begun = len(self._ready) + sum(map(len, self._outgrown.values())) + sum(map(len, self._running.values()))
+            busy, starting = sum(map(bool, self._running.values())), len(self._starting)
+            states = {"busy": busy, "idle": len(self._running) - busy - starting, "starting": starting}
+            self._meter.busy(queued=begun - busy, workers=states)
 
     def _refill(self, idle: int) -> bool:
         """Take tasks from the source for so many idle workers; whether any is ready.
@@ -403,6 +422,8 @@ class _Dispatcher(Searcher):
                 break
             else:
                 self._ready += tasks
+                if self._meter is not None:
+                    self._meter.proposed(len(tasks))
         return bool(self._ready)
 
     def _send(self, worker: str) -> None:

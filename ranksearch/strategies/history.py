@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, overload
 
-from ranksearch.front import Front, non_dominated
+from ranksearch.front import NumberedFront, non_dominated
 from ranksearch.trial import Proposal, Trial, minimised
 
 Run = tuple[tuple[int, ...], tuple[tuple[str, float | int | str | None], ...]]
@@ -28,7 +28,7 @@ class Past(Sequence[Trial]):
     def __init__(self, objectives: tuple[str, ...]) -> None:
         self._objectives = objectives
         self._trials: list[Trial] = []
-        self._front = Front()
+        self._front = NumberedFront()
         self.tried: set[tuple[int, ...]] = set()
         """See :func:`tried`."""
         self.runs: set[Run] = set()

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from ranksearch.drawing import page, png
 from ranksearch.export import choose, rank_map_of
-from ranksearch.front import Front
 from ranksearch.pictures import (
     gates_picture,
     hypervolume_picture,
@@ -52,7 +51,7 @@ class View:
     def __init__(self, study: Study, tracker: Tracker) -> None:
         self._study = study
         self._tracker = tracker
-        self._front = Front()
+        self._front = study.growing_front()
         """Of the trials seen so far."""
         space = study.space
         tracker.start(
@@ -97,9 +96,7 @@ class View:
 
     def _has_run(self, trial: Trial) -> bool:
         """Whether a trial is among the first, or on the front as it ends; those of the last front all once were."""
-        if trial.feasible:
-            self._front.put(self._study.point(trial), trial.number)
-        return trial.number < self._study.space.tracking.max_runs or trial.number in self._front.numbers
+        return self._front.take(trial) or trial.number < self._study.space.tracking.max_runs
 
     def hypervolume(self, trials: int, value: float) -> None:
         """Write the hypervolume after so many trials, in the background."""
@@ -151,7 +148,7 @@ class View:
                 "origin": trial.proposal.origin,
                 "strategy": study.space.strategy.name,
                 "fidelity": "funnel run" if trial.proposal.funnel else "full",
-                "on_front": str(trial.number in self._front.numbers).lower(),
+                "on_front": str(trial in self._front).lower(),
                 NOTE: about_trial(study, trial),
                 "attempt": str(trial.attempt),
                 **({"reason": trial.reason} if trial.reason else {}),

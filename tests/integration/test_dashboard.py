@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -188,6 +189,29 @@ def test_each_trial_that_is_left_out_is_near_one_that_is_drawn(storage: Path) ->
     assert apart.max() <= 1 / 5 + 1e-6, "a grid of five by five cells has fewer than thirty"
 
 
+def test_the_page_itself_brings_every_point_of_the_front(storage: Path) -> None:
+    study = begun("seen", 40)
+    with served(study.name) as url, urllib.request.urlopen(url) as answer:
+        text = answer.read().decode()
+    assert "<h1>ranksearch: seen</h1>" in text
+    assert "40 of 40 trials" in text
+    look = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + len("</svg>")])
+    shown = Feed(study).snapshot
+    groups = {len(group): [dot.attrib for dot in group] for group in look.iter("g")}
+    assert groups.keys() == {len(shown.trials) - shown.failed - len(shown.front), len(shown.front), 1}
+    places = [(float(dot["cx"]), -float(dot["cy"])) for dot in groups[len(shown.front)]]
+    outcomes = [trial.outcome for trial in shown.front if trial.outcome]
+    for place, values in (
+        ([x for x, _ in places], [one.macs for one in outcomes]),
+        ([y for _, y in places], [one.accuracy for one in outcomes]),
+    ):
+        slope, _ = np.polyfit(values, place, 1)
+        assert slope > 0
+        assert np.corrcoef(values, place)[0, 1] == pytest.approx(1, abs=1e-5), "a straight scale"
+    (line,) = (one.attrib["points"].split() for one in look.iter("polyline"))
+    assert len(line) == 2 * len(shown.front) - 1, "a step keeps its height up to the next point"
+
+
 def test_a_mark_is_where_its_dot_is(storage: Path) -> None:
     study = Store().create("marked", setting_of(space_of()))
     for index in range(12):  # all are scored on the report images, which say less than the search images
@@ -204,6 +228,10 @@ def test_a_mark_is_where_its_dot_is(storage: Path) -> None:
         dots = dict(zip(trace["customdata"], zip(trace["x"], trace["y"], strict=True), strict=True))
         assert (mark["x"], mark["y"]) == pytest.approx(dots[number])
     assert 0 < len(front) < len(shown.trials)
+    cheap, dear = shown.front[0].number, shown.front[-1].number
+    for marked in ({"A": cheap, "B": dear}, {"A": dear, "B": cheap}, {"A": cheap, "B": cheap}):
+        one, two = front_of(shown, (), marked)["layout"]["annotations"][-2:]
+        assert one["x"] + one["ax"] < two["x"] + two["ax"], "letters do not meet between their points"
 
 
 def test_importance_is_of_the_first_objective_and_of_the_trials_that_were_read(storage: Path) -> None:
@@ -282,6 +310,7 @@ def test_a_live_search_is_followed_by_keyboard_by_day_and_by_night(storage: Path
     begun("other", 10)
     with chromium() as browser, served("live", "other") as url, opened(browser, url) as page:
         page.wait_for_selector("#front-table button")
+        page.wait_for_selector("#first-look", state="detached")
         assert "12 of 40" in text(page, "#progress")
         assert "out of memory" in text(page, "#troubles")
         with study.driving():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from itertools import combinations, product
 from math import prod
+from operator import le
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranksearch.front import Front, Point, hypervolume, knee, non_dominated
+from ranksearch.front import Front, NumberedFront, Point, hypervolume, knee, non_dominated
 
 small = st.integers(0, 5)
 unit = st.floats(0, 1, allow_nan=False)
@@ -53,7 +54,7 @@ def test_non_dominated_equals_comparing_all_pairs(points: list[Point]) -> None:
 
 @given(st.integers(1, 4).flatmap(lambda size: points_of(small, size, 25)), st.randoms(use_true_random=False))
 def test_a_front_kept_up_to_date_is_that_of_all_points_in_any_order(points: list[Point], random: Random) -> None:
-    front, left = Front(), []
+    front, left = NumberedFront(), []
     order = list(range(len(points)))
     random.shuffle(order)
     for number in order:
@@ -61,6 +62,26 @@ def test_a_front_kept_up_to_date_is_that_of_all_points_in_any_order(points: list
     assert front.numbers == non_dominated(points)
     assert front.points == [points[number] for number in front.numbers]
     assert sorted(left + front.numbers) == list(range(len(points))), "each that is not there any more is told once"
+
+
+@given(st.integers(1, 4).flatmap(lambda size: points_of(small, size, 25)), st.randoms(use_true_random=False))
+def test_a_front_that_grows_in_any_order_equals_comparing_all_pairs(points: list[Point], order: Random) -> None:
+    def beaten(i: int, p: Point) -> bool:
+        return any((q == p and j < i) or (q != p and all(map(le, q, p))) for j, q in enumerate(points))
+
+    items = list(enumerate(points))
+    barred = {i for i in range(len(points)) if i % 5 == 4}  # of points that can be on no front nothing is compared
+    order.shuffle(items)
+    front = Front(lambda item: item[1], lambda item: item[0])
+    partly = Front(lambda item: None if item[0] in barred else item[1], lambda item: item[0])
+    for item in items:
+        assert front.take(item) == (item in front)
+        partly.take(item)
+    assert list(front) == [(i, p) for i, p in enumerate(points) if not beaten(i, p)]
+    assert len(front) == len(list(front))
+    assert [points[i] for i, _ in partly if i in barred] == []
+    allowed = [p for i, p in enumerate(points) if i not in barred]
+    assert {p for _, p in partly} == {allowed[i] for i in non_dominated(allowed)}
 
 
 @given(points_of(unit, 2, 20).filter(bool))

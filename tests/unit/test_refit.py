@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ranksearch import reconstruction
 from ranksearch.calibration import sample_outputs
 from ranksearch.decompositions import FORMATS, max_rank, prepare
 from ranksearch.refit import recalibrate, regauge, sensitivity_of, sequential_regression
@@ -67,6 +68,47 @@ def test_one_layer_equals_ridge_regression_and_is_never_worse(name: str, case: L
     assert errors[1] <= errors[0] * (1 + 1e-5) + 1e-10
     for old, new in zip(before[0][:-1], after[0][:-1], strict=True):
         assert torch.equal(old.weight, new.weight)
+
+
+OF_EACH_KIND = [(n, c) for n, c in PAIRS if n in ("tucker2", "spatial-svd", "svd", "cp", "tensor-chain")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "case"), [pytest.param(n, c, id=f"{n}, {c.name}") for n, c in OF_EACH_KIND])
+def test_all_stages_of_a_layer_fit_no_worse_than_the_last_alone(name: str, case: LayerCase) -> None:
+    torch.manual_seed(2)
+    dense = nn.Sequential(case.build()).requires_grad_(False)
+    x = torch.randn(40, *case.shape)
+    conv = geometry(dense[0], (1, *case.shape))
+    samples = sample_outputs(dense, {"0": conv}, [x], pixels=10_000, seed=0)
+    weight, bias = kernel_of(dense[0])
+    form = FORMATS[name]
+    ranks = tuple((bound + 1) // 2 for bound in max_rank(form, conv))
+    chain = build_layer(form, conv, prepare(form, conv, weight), ranks, bias, weight.dtype)
+    # Away from the decomposition, so that there is something to fit whatever the format.
+    for parameter in chain.parameters():
+        parameter.data += 0.3 * parameter.data.abs().mean() * torch.randn_like(parameter)
+    last = nn.Sequential(chain).requires_grad_(False)
+    every = copy.deepcopy(last)
+    sequential_regression(last, ["0"], samples, x)
+    sequential_regression(every, ["0"], samples, x, chains={"0": (name, conv, ranks)})
+    errors = [float((net(x) - dense(x)).square().mean()) for net in (last, every)]
+    assert errors[1] <= errors[0] * (1 + 1e-3) + 1e-10
+    if len(chain) > 1 and errors[0] > 1e-3 * float(dense(x).var()):
+        assert errors[1] < errors[0]
+
+
+def test_patches_beyond_the_largest_are_left_to_the_last_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = small_net().requires_grad_(False), small_images(64)
+    convs = {layer.name: layer.conv for layer in find_layers(net, SmallNet.shape) if layer.name in RANKS}
+    samples = sample_outputs(net, convs, images.split(16), pixels=10_000, seed=0)
+    made = rank_map(net, RANKS, SmallNet.shape)
+    chains = {name: (made.layers[name].format, convs[name], made.layers[name].ranks) for name in RANKS}
+    last, every = (made.apply(net).requires_grad_(False) for _ in range(2))
+    sequential_regression(last, RANKS, samples, images)
+    monkeypatch.setattr(reconstruction, "LARGEST", 1)
+    sequential_regression(every, RANKS, samples, images, chains=chains)
+    torch.testing.assert_close(every.state_dict(), last.state_dict(), rtol=0, atol=0)
 
 
 def test_a_network_is_refitted_layer_by_layer_from_its_own_activations() -> None:
