@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ranksearch.front import NumberedFront
 from ranksearch.strategies import Strategy
+from ranksearch.strategies.history import Past
 from ranksearch.study import Study
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Proposal, Signal, Task, Trial, checkpoint_name
 
@@ -45,10 +46,12 @@ def finished(study: Study) -> bool:
     return len(latest) >= study.space.budget.trials and not any(trial.retry for trial in latest.values())
 
 
-def history(latest: Mapping[int, Trial]) -> list[Trial]:
+def history(latest: Mapping[int, Trial], objectives: Sequence[str]) -> Past:
     """What a strategy sees of every proposal's last try: the trials of a search that was never interrupted."""
-    ordered = (latest[index] for index in range(len(latest)))
-    return [t if t.number == t.index else replace(t, number=t.index, attempt=0) for t in ordered]
+    past = Past(tuple(objectives))
+    for index in range(len(latest)):
+        past.put(latest[index])
+    return past
 
 
 class Driver:
@@ -70,12 +73,17 @@ class Driver:
         self._trials = {trial.number: trial for trial in study.trials()}
         self._latest = {trial.index: trial for trial in self._trials.values()}
         """Every proposal's last try."""
-        self._front = study.front_trials(list(self._trials.values()))
+        self._past = history(self._latest, self._space.objectives)
+        self._running = {t.index for t in self._latest.values() if t.state == "RUNNING"}
+        self._again = {t.index for t in self._latest.values() if t.retry}
+        """Proposals that are to be tried once more."""
+        self._front = self._front_of(self._trials.values())
         self._queue: list[Task] = []
-        self._incumbents: tuple[tuple[float, ...], ...] = ()
         self._deadline = time.monotonic() + 60 * (self._space.budget.minutes or 1e12)
         self._told = 0
-        self._told_front: list[Trial] = []
+        self._told_front = NumberedFront()
+        self._volume = 0.0
+        """The hypervolume told last."""
         self._sweep()
         if view is not None:
             view.sync(trial for trial in self._trials.values() if trial.state != "RUNNING")
@@ -85,13 +93,13 @@ class Driver:
         """Up to ``limit`` tasks; WAIT for the running ones; DONE when the budget is used up."""
         if self._space.deterministic:
             if not self._queue:
-                if self._running():
+                if self._running:
                     return WAIT
                 self._queue = self._propose(self._space.strategy.batch)
             tasks, self._queue = self._queue[:limit], self._queue[limit:]
         else:
             tasks = self._propose(limit)
-        return tasks or (WAIT if self._running() else DONE)
+        return tasks or (WAIT if self._running else DONE)
 
     def done(self, task: Task, result: Outcome | Failure) -> None:
         """Record what came of a task."""
@@ -108,38 +116,40 @@ class Driver:
             # Ctrl-C may have come when the study knew of a trial, and nobody else.
             if known is None or known.state == "RUNNING":
                 self._ended(trial)
-        self._front = self._study.front_trials(list(self._trials.values()))
+        self._front = self._front_of(self._trials.values())
         self._sweep()
 
     def _ended(self, trial: Trial) -> None:
         if self._view is not None:
             self._view.trial(trial)
-        self._trials[trial.number] = self._latest[trial.index] = trial
+        self._note(trial)
         if not trial.retry:
             (self._study.checkpoints_folder / checkpoint_name(trial.index)).unlink(missing_ok=True)
-        before = sorted([*self._front, trial], key=lambda one: one.number)  # of equal points the first is kept
-        self._front = self._study.front_trials(before)
-        for left in before:
-            if left not in self._front and left.outcome is not None and left.outcome.weights:
-                (self._study.weights_folder / left.outcome.weights).unlink(missing_ok=True)
+        for number in self._front.put(self._study.point(trial), trial.number) if trial.feasible else [trial.number]:
+            outcome = self._trials[number].outcome
+            if outcome is not None and outcome.weights:
+                (self._study.weights_folder / outcome.weights).unlink(missing_ok=True)
         self._tell_hypervolume()
 
-    def _running(self) -> bool:
-        return any(trial.state == "RUNNING" for trial in self._latest.values())
+    def _note(self, trial: Trial) -> None:
+        """Bring what is known of the trials up to date with one."""
+        self._trials[trial.number] = self._latest[trial.index] = trial
+        self._past.put(trial)
+        (self._running.add if trial.state == "RUNNING" else self._running.discard)(trial.index)
+        (self._again.add if trial.retry else self._again.discard)(trial.index)
 
     def _propose(self, count: int) -> list[Task]:
         """Begin up to ``count`` trials: first what is to be tried once more, then new proposals."""
         if time.monotonic() > self._deadline:
             return []
-        self._incumbents = tuple(self._study.point(trial) for trial in self._front)
-        again = [trial for trial in self._latest.values() if trial.retry][:count]
+        again = [self._latest[index] for index in sorted(self._again)[:count]]
         tasks = [self._begin(trial.proposal, trial.index, trial.attempt + 1) for trial in again]
         while len(tasks) < count:
             index = len(self._latest)
             complete = bool(tasks) and self._space.deterministic and index % self._space.strategy.batch == 0
             if index >= self._space.budget.trials or complete:
                 break
-            proposal = self._strategy.propose(self._study.setting.table, history(self._latest))
+            proposal = self._strategy.propose(self._study.setting.table, self._past)
             if isinstance(proposal, Signal):
                 break
             tasks.append(self._begin(proposal, index, 0))
@@ -147,12 +157,21 @@ class Driver:
 
     def _begin(self, proposal: Proposal, index: int, attempt: int) -> Task:
         trial = self._study.begin(proposal, index=index, attempt=attempt)
-        self._trials[trial.number] = self._latest[index] = trial
-        return task_of(self._study, trial, self._incumbents)
+        self._note(trial)
+        return task_of(self._study, trial, tuple(self._front.points))
+
+    def _front_of(self, trials: Iterable[Trial]) -> NumberedFront:
+        """The front of the feasible trials, by their numbers."""
+        front = NumberedFront()
+        for trial in trials:
+            if trial.feasible:
+                front.put(self._study.point(trial), trial.number)
+        return front
 
     def _sweep(self) -> None:
         """Remove the weights that no trial on the front has, and the checkpoints of proposals that have ended."""
-        kept = {trial.outcome.weights for trial in self._front if trial.outcome is not None}
+        outcomes = (self._trials[number].outcome for number in self._front.numbers)
+        kept = {outcome.weights for outcome in outcomes if outcome is not None}
         unended = (t.index for t in self._latest.values() if t.retry or t.state == "RUNNING")
         checkpoints = {checkpoint_name(index) for index in unended}
         for folder, names in ((self._study.weights_folder, kept), (self._study.checkpoints_folder, checkpoints)):
@@ -166,6 +185,7 @@ class Driver:
             trial = self._trials.get(self._told)
             if trial is None or trial.state == "RUNNING":
                 return
-            self._told_front = self._study.front_trials([*self._told_front, trial])
-            self._view.hypervolume(self._told, self._study.hypervolume(self._told_front))
+            if trial.feasible and self._told_front.put(self._study.point(trial), trial.number) != [trial.number]:
+                self._volume = self._study.hypervolume([self._trials[number] for number in self._told_front.numbers])
+            self._view.hypervolume(self._told, self._volume)
             self._told += 1

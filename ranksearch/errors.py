@@ -37,6 +37,10 @@ class StudyError(RanksearchError):
     """A study that does not exist, exists already, or cannot be read."""
 
 
+class TakenOver(StudyError):
+    """Another driver has the study now: its trials, its files and its run of MLflow are that one's."""
+
+
 class RankMapError(RanksearchError):
     """A rank map that cannot be read, or that is for another model."""
 

@@ -1,6 +1,7 @@
 """The cache of decompositions: what is prepared once a layer, and factors that are fitted at the ranks asked for.
 
-Every entry is a safetensors file under a hash of all that it depends on, written whole or not at all. Processes that
+Every entry is a safetensors file under a hash of all that it depends on, written whole or not at all, with a hash of
+what it holds: one that a disk or a copy has damaged is computed again. Processes that
 want the same entry at the same time wait for the one that computes it, under a lock that the system takes back when its
 holder dies. A fit starts from nothing that another one left, on one thread, so all compute the same.
 """
@@ -18,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ranksearch.conv import Conv
@@ -39,6 +40,9 @@ from ranksearch.space import StabiliseSpec
 
 _CACHE_VERSION = "2"
 """Part of every cache key: raised when a format's tensors change their meaning, or a fit its result."""
+
+_HASH = "ranksearch.content"
+"""Where a file of the cache has the hash of its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,29 +143,43 @@ def threads(count: int) -> Iterator[None]:
 def _entry(path: Path, cache: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors in the file ``path`` of the cache.
 
-    Where it is missing or cannot be read they come from the shared cache, if there is one, or are computed, and are
-    stored in both.
+    Where it is missing or damaged they come from the shared cache, if there is one, or are computed, and are stored in
+    both.
     """
-    if (found := _read(path)) is not None:
+    if (found := cached(path)) is not None:
         return found
     with _alone(path):
-        found = _read(path)  # another process may have stored it meanwhile
+        found = cached(path)  # another process may have stored it meanwhile
         fetched = found is None and fetch(path, cache)
         if fetched:
-            found = _read(path)
+            found = cached(path)
         if found is None:
             found = compute()
-            store(found, path)
+            store_cached(found, path)
             offer(path, cache, anew=fetched)
     return found
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
+def store_cached(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write an entry of the cache with the hash of what it holds; raises OSError where that cannot be done."""
+    store(tensors, path, {_HASH: _hash_of(tensors)})
+
+
+def cached(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of an entry of the cache, on the CPU; None where it is missing or is not what was stored."""
     try:
-        # Copied: the last bits of a result depend on how its operands are aligned, which in a file is at odds.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with safe_open(path, framework="pt") as file:
+            # Copied: the last bits of a result depend on how its operands are aligned, which in a file is at odds.
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            told = (file.metadata() or {}).get(_HASH)
     except (SafetensorError, OSError):
         return None
+    return found if told == _hash_of(found) else None
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    names = sorted(tensors)
+    return content_hash((tensors[name] for name in names), " ".join(names))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Points are minimised in every coordinate; callers flip the sign of what is maxim
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -22,8 +23,9 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
     kept: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i], i)):
         # In lexicographic order a point can be dominated only by one that was kept before it: of two objectives by the
-        # last of them, if by any, so the search starts there.
-        if not any(all(x <= y for x, y in zip(points[j], points[i], strict=True)) for j in reversed(kept)):
+        # last of them, if by any.
+        rivals = kept[-1:] if len(points[i]) == 2 else kept
+        if not any(all(x <= y for x, y in zip(points[j], points[i], strict=True)) for j in rivals):
             kept.append(i)
     return kept
 
@@ -67,6 +69,41 @@ class Front(Generic[Item]):
         return len(self._members)
 
 
+class NumberedFront:
+    """The points put in that no other dominates, kept up to date one after the other, each with its number.
+
+    Of equal points the one of the least number stays. In two objectives a point takes logarithmic time, but for those
+    that it pushes off.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        """In lexicographic order."""
+        self.numbers: list[int] = []
+
+    def put(self, point: Point, number: int) -> list[int]:
+        """Add a point; returns the numbers that are not on the front any more, its own where it does not get there."""
+        at = bisect_left(self.points, point)
+        if self.points[at : at + 1] == [point]:
+            left, self.numbers[at] = max(number, self.numbers[at]), min(number, self.numbers[at])
+            return [left] if left != self.numbers[at] else []
+        flat = len(point) == 2  # then the second coordinate falls along the front
+        if any(dominates(p, point) for p in self.points[max(0, at - 1) if flat else 0 : at]):
+            return [number]
+        end = at
+        while flat and end < len(self.points) and dominates(point, self.points[end]):
+            end += 1
+        beaten = (
+            range(at, end) if flat else [j for j in range(at, len(self.points)) if dominates(point, self.points[j])]
+        )
+        left_off = [self.numbers[j] for j in beaten]
+        for j in reversed(beaten):
+            del self.points[j], self.numbers[j]
+        self.points.insert(at, point)
+        self.numbers.insert(at, number)
+        return left_off
+
+
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
     """Volume dominated by ``points`` within ``reference``, by slicing along the last coordinate.
 
@@ -78,11 +115,14 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     if len(reference) == 1:
         return reference[0] - min(p[0] for p in inside)
     inside.sort(key=lambda p: p[-1])
-    volume = 0.0
+    volume, least = 0.0, reference[0]
     for i, point in enumerate(inside):
         upper = inside[i + 1][-1] if i + 1 < len(inside) else reference[-1]
+        least = min(least, point[0])
         if upper > point[-1]:
-            volume += (upper - point[-1]) * hypervolume([p[:-1] for p in inside[: i + 1]], reference[:-1])
+            flat = len(reference) == 2
+            slice_ = reference[0] - least if flat else hypervolume([p[:-1] for p in inside[: i + 1]], reference[:-1])
+            volume += (upper - point[-1]) * slice_
     return volume
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 from ranksearch.config import literal_passwords, load_space
 from ranksearch.driver import Driver, Watch, finished, history, task_of
-from ranksearch.engine import build_engine, build_map
+from ranksearch.engine import Factory, build_engine, build_map
 from ranksearch.engine.resources import check
-from ranksearch.errors import Problem, SpaceError, StudyError
+from ranksearch.errors import Problem, SpaceError, StudyError, TakenOver
 from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
 from ranksearch.latency import LatencyTable, checked
@@ -88,7 +88,7 @@ def search(
         with study.driving():
             with threads(_all_threads()):
                 bench = make_bench(network, factors, setting, study.weights_folder, store.cache, notify)
-            _run(study, bench, choices, tracker, notify, watch)
+            drive(study, bench, choices, tracker, notify, watch)
     return study
 
 
@@ -144,7 +144,7 @@ def resume(
             _, bench = bench_of(study, store, notify)
             choices = seed_choices(study.setting)
         with _tracking(study.space, store.folder) as tracker:
-            _run(study, bench, choices, tracker, notify, watch)
+            drive(study, bench, choices, tracker, notify, watch)
     return study
 
 
@@ -160,7 +160,7 @@ def ended(study: Study, trials: int) -> bool:
     if len(latest) >= trials:
         return True
     strategy = _strategy(study.space, seed_choices(study.setting))
-    return strategy.propose(study.setting.table, history(latest)) is DONE
+    return strategy.propose(study.setting.table, history(latest, study.space.objectives)) is DONE
 
 
 def open_study(name: str, *, storage: str | Path | None = None) -> Study:
@@ -305,15 +305,15 @@ def _nearest_choices(table: PriceTable, rank_map: RankMap) -> tuple[int, ...]:
     return tuple(choices)
 
 
-def _run(
+def drive(
     study: Study,
-    bench: Bench | None,
+    factory: Factory | None,
     choices: Sequence[tuple[int, ...]],
     tracker: Tracker | None,
     notify: Notify,
     watch: Watch | None,
 ) -> None:
-    """Drive the engine until the budget is used up, MLflow following; without a bench only MLflow is brought on."""
+    """Drive the engine until the budget is used up, MLflow following; without evaluators only MLflow is brought on."""
     view = None
     if tracker is not None:
         from ranksearch.tracking import View
@@ -328,19 +328,25 @@ def _run(
             watch(study, trial)
 
     driver = Driver(study, _strategy(study.space, choices), view=view, watch=ended)
-    status: Literal["FINISHED", "KILLED", "FAILED"] = "FAILED"
+    status: Literal["FINISHED", "KILLED", "FAILED"] | None = "FAILED"
     try:
-        if bench is not None:
+        if factory is not None:
             notify("starting the workers", 0, 1)
-            build_engine(study.space.resources, meter).run(bench, driver)
+            build_engine(study.space.resources, meter).run(factory, driver)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except TakenOver:
+        status = None  # all that is left to end, and to write, is the other driver's
+        if tracker is not None:
+            tracker.drop()
+        raise
     finally:
-        driver.stop()
-        if view is not None:
-            view.finish(status)
+        if status is not None:
+            driver.stop()
+            if view is not None:
+                view.finish(status)
 
 
 def _meter(study: Study) -> Meter | None:

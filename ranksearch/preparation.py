@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ranksearch.calibration import collect, sample_outputs
@@ -26,7 +24,7 @@ from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
-from ranksearch.factors import content_hash, store
+from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.latency import LatencyTable, latencies, with_latencies
 from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.mirror import fetch, offer
@@ -197,13 +195,11 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
     path = cache / "statistics" / f"{content_hash([images, outputs], text)}.safetensors"
     fields = tuple(Statistics.__dataclass_fields__)
     device = device_of(network.space)
-    fetched = not path.exists() and fetch(path, cache)
-    if fetched or path.exists():
-        try:
-            flat = load_file(path, device=str(device))
-            return {name: Statistics(**{f: flat[f"{name}/{f}"] for f in fields}) for name in convs}
-        except (SafetensorError, OSError, KeyError):
-            path.unlink(missing_ok=True)
+    fetched = False
+    if (flat := cached(path)) is None and (fetched := fetch(path, cache)):
+        flat = cached(path)
+    if flat is not None:
+        return {name: Statistics(**{f: flat[f"{name}/{f}"].to(device) for f in fields}) for name in convs}
     total = len(network.data.calibration)
 
     def told() -> Iterator[Tensor]:
@@ -214,7 +210,7 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
             yield batch
 
     found = collect(network.model, convs, told())
-    store({f"{name}/{f}": getattr(s, f) for name, s in found.items() for f in fields}, path)
+    store_cached({f"{name}/{f}": getattr(s, f) for name, s in found.items() for f in fields}, path)
     offer(path, cache, anew=fetched)
     return found
 

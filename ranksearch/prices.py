@@ -29,15 +29,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ranksearch.decompositions import Kind
 from ranksearch.decompositions.format import STABILISED
 from ranksearch.errors import DataError
 from ranksearch.evaluation import reproducible
-from ranksearch.factors import content_hash, store
+from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.measurement import PRICES, WITH_LABELS, Measurement, Price, share
 from ranksearch.mirror import fetch, offer
 from ranksearch.pricing import Factors
@@ -105,9 +103,7 @@ def measure(
     if cache is not None:
         about = _about(dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {threads} {seed} {stabiliser}")
         keys = {x.name: cache / "prices" / f"{_key(x, factors, kind, about)}.safetensors" for x in table.layers}
-        for path in keys.values():
-            if not path.exists() and fetch(path, cache):
-                fetched.add(path)
+        fetched = {path for path in keys.values() if not path.exists() and fetch(path, cache)}
     found = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
     missing = [layer for layer in table.layers if found[layer.name] is None]
     if missing:
@@ -128,7 +124,7 @@ def measure(
         for layer, values in _measured(work, map, progress).items():
             found[layer] = values
             if layer in keys:
-                store({"prices": values}, keys[layer])
+                store_cached({"prices": values}, keys[layer])
                 offer(keys[layer], cast(Path, cache), anew=keys[layer] in fetched)
     return {
         name: [dict(zip(chosen, row, strict=True)) for row in cast(Tensor, values).tolist()]
@@ -226,11 +222,8 @@ def _read(path: Path | None, candidates: int, prices: int) -> Tensor | None:
     """Prices ``(candidates, prices)`` from the cache, or None; an unreadable entry is removed."""
     if path is None or not path.exists():
         return None
-    try:
-        values = load_file(path)["prices"]
-        if values.shape == (candidates, prices) and values.dtype == torch.float64:
-            return values
-    except (SafetensorError, OSError, KeyError):
-        pass
+    values = (cached(path) or {}).get("prices")
+    if values is not None and values.shape == (candidates, prices) and values.dtype == torch.float64:
+        return values
     path.unlink(missing_ok=True)
     return None

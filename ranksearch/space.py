@@ -278,6 +278,8 @@ class ResourcesSpec(Section):
     once more alone on its GPU, with all of it."""
     memory_gb_per_trial: Annotated[float, Field(ge=0)] = 0.0
     """Main memory that a trial takes, 2**30 bytes: no more trials start on a machine than fit. 0 counts none."""
+    trial_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall time of one trial: one that takes longer fails. No limit by default."""
     labels: dict[str, str] = {}
     """Labels that machines of a Ray cluster must have to run trials, as ``ray start --labels`` gave them."""
     address: str = "local"

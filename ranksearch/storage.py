@@ -9,6 +9,7 @@ import re
 import shutil
 import uuid
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -19,13 +20,17 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
+from optuna.storages.journal._storage import JournalOperation
 from optuna.study import StudyDirection
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 
 from ranksearch.errors import StudyError
+from ranksearch.lock import FILE, DatabaseLock, lock_folder
+from ranksearch.patience import Patience
 from ranksearch.secrecy import redacted
 from ranksearch.setting import Setting
-from ranksearch.study import Study, lock_folder
+from ranksearch.study import Study
 from ranksearch.trial import MAXIMISED
 
 
@@ -36,9 +41,11 @@ class Store:
         uri: a folder, or the URL of a database that Optuna knows (``postgresql://...``, ``sqlite:///...``), whose
             files (weights, caches) then go to the default folder. Default: ``RANKSEARCH_STORAGE``, else
             ``~/.ranksearch``.
+        patience_s: how long a driver waits for a storage that is away: a database down, a disk full.
     """
 
-    def __init__(self, uri: str | Path | None = None) -> None:
+    def __init__(self, uri: str | Path | None = None, *, patience_s: float = 600.0) -> None:
+        self._patience_s = patience_s
         uri = str(uri or os.environ.get("RANKSEARCH_STORAGE") or Path.home() / ".ranksearch")
         self.url = uri if "://" in uri else None
         self.folder = (Path.home() / ".ranksearch" if self.url else Path(uri)).expanduser().resolve()
@@ -123,7 +130,7 @@ class Store:
                 _give_back(folder)
                 raise self._unwritten(name, error) from error
             # Between the look and the lock the name may have been used, or given back together with the folder.
-            if name not in self.names() and _is_still_at(lock, folder / "driver.lock"):
+            if name not in self.names() and _is_still_at(lock, folder / FILE):
                 return lock
             lock.close()
         raise self._unwritten(name, gone)
@@ -150,7 +157,7 @@ class Store:
         except OSError as error:
             part.unlink(missing_ok=True) if not fresh else shutil.rmtree(folder, ignore_errors=True)
             raise self._unwritten(name, error) from error
-        return Study(name, folder, storage, study_id, setting, uid)
+        return self._study(name, storage, study_id, setting, uid)
 
     def open(self, name: str, *, read_only: bool = False) -> Study:
         """The study of this name; ``read_only``: not even a half-written last line is mended.
@@ -176,7 +183,14 @@ class Store:
                 f"the study {name} in {self._place} cannot be read ({type(error).__name__}: {error}). "
                 "It is damaged, or not one of ranksearch's: restore it from a copy, or search again."
             ) from error
-        return Study(name, folder, storage, study_id, setting, uid)
+        return self._study(name, storage, study_id, setting, uid)
+
+    def _study(self, name: str, storage: BaseStorage, study_id: int, setting: Setting, uid: str) -> Study:
+        patience = Patience(f"the storage {self._place}", seconds=self._patience_s, away=is_away)
+        lock = None
+        if self.url and self.url.startswith("postgresql"):
+            lock = DatabaseLock(self.url, _POSTGRESQL, uid)
+        return Study(name, self.folder_of(name), storage, study_id, setting, uid, patience=patience, lock=lock)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -214,8 +228,12 @@ class Store:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             try:
                 if self.url:
-                    return RDBStorage(self.url)
-                return JournalStorage(JournalFileBackend(str(journal), lock_obj=_FileLock(journal)))
+                    # No ``pool_pre_ping``: a connection that was lost is to be heard of, since the lock went with it.
+                    options = _POSTGRESQL if self.url.startswith("postgresql") else {}
+                    storage = RDBStorage(self.url, engine_kwargs={"connect_args": options})
+                    weakref.finalize(storage, storage.engine.dispose)  # else its connections are left to the collector
+                    return storage
+                return JournalStorage(_Journal(journal))
             except OSError as error:
                 raise StudyError(f"cannot open the study's storage {journal}: {error}. Check the folder.") from error
             except Exception as error:  # whatever a database driver raises
@@ -243,7 +261,7 @@ def _fill(storage: BaseStorage, name: str, uid: str, setting: Setting) -> int:
 def _give_back(folder: Path) -> None:
     """Remove the folder of a study that was not made, but for what is not the study's."""
     with suppress(OSError):
-        for name in ("journal.part", "journal.lock", "driver.lock"):
+        for name in ("journal.part", "journal.lock", FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / "weights").exists():
             (folder / "weights").rmdir()
@@ -256,6 +274,65 @@ def _is_still_at(file: IO[str], path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
+
+
+_POSTGRESQL = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    # The same of the server's side: so it gives back the lock of a driver whose machine vanished.
+    "options": "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
+}
+"""How a connection to PostgreSQL notices within half a minute that the other side is gone."""
+
+
+_SQLITE_AWAY = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN")
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a storage is away (no connection, a full disk, a file server that does not answer), and may come back."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(cause, DBAPIError):
+        if cause.connection_invalidated:
+            return True
+        # SQLite says with one kind of error that it is busy and that a table is not there.
+        named = getattr(cause.orig, "sqlite_errorname", None)
+        if named is not None:
+            return str(named).startswith(_SQLITE_AWAY)
+    if isinstance(cause, (FileNotFoundError, PermissionError)):
+        return False
+    return isinstance(cause, (OSError, OperationalError, InterfaceError, TimeoutError))
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal file, with a third of the waiting for the disk, and in order also after the disk was full.
+
+    The disk is waited for where a trial ends, which makes what was written of it before safe as well. A killed driver
+    loses nothing of what it wrote; a machine that loses power may lose trials that had not ended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock_file = _FileLock(path)
+        super().__init__(str(path), lock_obj=self._lock_file)
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add lines; see Optuna's."""
+        _mend(self._path)  # a line that a full disk cut short would spoil the next one
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        with get_lock_file(self._lock_file), self._path.open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            if any(log["op_code"] not in _UNHURRIED for log in logs):
+                os.fsync(file.fileno())
+
+
+_UNHURRIED = (
+    JournalOperation.CREATE_TRIAL,
+    JournalOperation.SET_TRIAL_USER_ATTR,
+    JournalOperation.SET_TRIAL_SYSTEM_ATTR,
+)
 
 
 class _FileLock(BaseJournalFileLock):

@@ -1,35 +1,39 @@
 """The study: the one record of a search's trials, in Optuna's durable storage, and what can be read from it.
 
 Only the driver writes. A trial is created RUNNING with its proposal and finished with its outcome or its reason, so a
-driver killed at any moment loses at most what ran; :meth:`Study.recover` mends that at the next start.
+driver killed at any moment loses at most what ran; :meth:`Study.recover` mends that at the next start. While the
+storage is away the driver waits, the result that it could not record kept in a file, the spool.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ranksearch import pictures
+from ranksearch import frames, pictures
 from ranksearch.drawing import figure
 from ranksearch.errors import StudyError
 from ranksearch.front import Front, hypervolume, non_dominated
+from ranksearch.lock import DatabaseLock
 from ranksearch.parameters import importance, parameters_of
+from ranksearch.patience import Patience
 from ranksearch.pictures import Progress
 from ranksearch.rankmap import RankMap
+from ranksearch.right import Right
 from ranksearch.setting import Setting
 from ranksearch.space import Space
+from ranksearch.spool import Spool
 from ranksearch.trial import (
     MAXIMISED,
     Failure,
@@ -38,7 +42,6 @@ from ranksearch.trial import (
     Trial,
     checkpoint_name,
     constraints,
-    interval,
     minimised,
     objective_values,
 )
@@ -49,37 +52,25 @@ if TYPE_CHECKING:
 
 logging.getLogger("optuna").setLevel(logging.WARNING)
 
+T = TypeVar("T")
+
 INTERRUPTED = "interrupted: the driver ended before the trial did"
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Take the right to write a study, held until the file that is returned is closed or the process ends.
-
-    Raises:
-        BlockingIOError: another process has it; the message names that.
-    """
-    file = (folder / "driver.lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}")
-        file.flush()
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise BlockingIOError(holder) from error
-    except OSError:
-        file.close()
-        raise
-    return file
 
 
 class Study:
     """One search: its setting, its trials and its front."""
 
     def __init__(
-        self, name: str, folder: Path, storage: BaseStorage, study_id: int, setting: Setting, uid: str
+        self,
+        name: str,
+        folder: Path,
+        storage: BaseStorage,
+        study_id: int,
+        setting: Setting,
+        uid: str,
+        *,
+        patience: Patience | None = None,
+        lock: DatabaseLock | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -89,6 +80,11 @@ class Study:
         self._storage = storage
         self._study_id = study_id
         self._ids: dict[int, int] = {}
+        self._lasting = Patience(name, seconds=0.0, away=lambda error: False)
+        """What waits for the storage: a driver does, whoever only reads is told at once."""
+        self._patience = patience or self._lasting
+        self._right = Right(name, folder, storage, study_id, lock)
+        self._spool = Spool(folder / "spool.jsonl", uid)
         self._written = json.dumps(setting.to_json())
 
     @property
@@ -110,27 +106,39 @@ class Study:
     def driving(self) -> Iterator[None]:
         """Hold the right to write: one driver a study; raises :class:`StudyError` where another one holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = lock_folder(self.folder)
-        except BlockingIOError as error:
-            raise StudyError(
-                f"a study must have one driver at a time, {self.name} is driven by process {error}. "
-                "Wait for it, or stop it."
-            ) from error
-        with file:
-            yield
+        with self._right.held(self._patience):
+            reading, self._lasting = self._lasting, self._patience
+            try:
+                yield
+            finally:
+                self._lasting = reading
 
     # Writing: the driver only.
+
+    def _write(self, act: Callable[[bool], T], lost: Callable[[], None] = lambda: None) -> T:
+        """Write to the storage, or wait for it; see :class:`~ranksearch.patience.Patience`."""
+
+        def checked(again: bool) -> T:
+            self._right.check()
+            return act(again)
+
+        return self._lasting(checked, lost=lost)
 
     def begin(self, proposal: Proposal, *, index: int, attempt: int = 0) -> Trial:
         """Record a proposal as a RUNNING trial."""
         params, distributions = parameters_of(proposal, self.setting.table)
         attrs = {"index": index, "attempt": attempt, "origin": proposal.origin, "note": proposal.note}
         if proposal.funnel:
-            attrs |= {"choices": list(proposal.choices), "settings": proposal.settings}
+            attrs |= {"choices": list(proposal.choices), "settings": proposal.settings, "stamp": self._stamp(index)}
         template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
-        trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
-        number = self._storage.get_trial_number_from_id(trial_id)
+
+        def create(again: bool) -> tuple[int, int]:
+            # The connection may have been lost after the trial was made.
+            made = self._made(index, attempt) if again else None
+            trial_id = made if made is not None else self._storage.create_new_trial(self._study_id, template)
+            return trial_id, self._storage.get_trial_number_from_id(trial_id)
+
+        trial_id, number = self._write(create)
         self._ids[number] = trial_id
         return Trial(
             number=number,
@@ -141,9 +149,30 @@ class Study:
             start_ms=_ms(template.datetime_start),
         )
 
+    def _made(self, index: int, attempt: int) -> int | None:
+        """The storage's number of this try of a proposal, where it is there."""
+        found = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        tries = (t for t in found if (t.user_attrs.get("index"), t.user_attrs.get("attempt")) == (index, attempt))
+        return next((t._trial_id for t in tries), None)
+
     def finish(self, trial: Trial, result: Outcome | Failure) -> Trial:
-        """Record what came of a RUNNING trial."""
+        """Record what came of a RUNNING trial; while the storage is away it is kept in the spool."""
+        spooled = False
+
+        def spool() -> None:
+            nonlocal spooled
+            spooled = self._spool.put(trial, result)
+
+        ended = self._write(partial(self._record, trial, result), spool)
+        if spooled:
+            self._spool.drop(trial)
+        return ended
+
+    def _record(self, trial: Trial, result: Outcome | Failure, again: bool) -> Trial:
+        """Record a result; ``again`` says that this was tried before."""
         trial_id = self._ids[trial.number]
+        if again and (found := self._storage.get_trial(trial_id)).state.is_finished():
+            return self._trial(found)
         if isinstance(result, Failure):
             retry = result.interrupted and (trial.attempt == 0 or self._moved_on(trial))
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
@@ -155,11 +184,19 @@ class Study:
 
     def _moved_on(self, trial: Trial) -> bool:
         """Whether a funnel run has left a checkpoint since this try began: then another one gets further."""
-        checkpoint = self.checkpoints_folder / checkpoint_name(trial.index)
-        try:
-            return 1000 * checkpoint.stat().st_mtime > trial.start_ms
-        except OSError:
+        if not trial.proposal.funnel:
             return False
+        return self._stamp(trial.index) not in (0, self._attrs(trial, False).get("stamp", 0))
+
+    def _stamp(self, index: int) -> int:
+        """When a proposal's checkpoint was written, in nanoseconds; 0 without one.
+
+        Only whether it changed counts, since a clock may jump.
+        """
+        try:
+            return (self.checkpoints_folder / checkpoint_name(index)).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _complete(self, trial: Trial, trial_id: int, outcome: Outcome) -> Trial:
         limits = self.constraints(outcome)
@@ -174,18 +211,24 @@ class Study:
     def recover(self, reason: str = INTERRUPTED) -> list[Trial]:
         """End the trials that a killed or stopped driver left RUNNING; returns them.
 
-        Those whose outcome was recorded are complete; the others fail for ``reason``, and are to be tried once more.
+        Those whose outcome was recorded, or is in the spool, are complete; the others fail for ``reason``, and are to
+        be tried once more.
         """
+        self._write(lambda _: None)  # the spool is not another driver's
+        spooled = self._spool.read()
         ended = []
         for trial in self.trials():
             if trial.state == "RUNNING":
-                frozen = self._storage.get_trial(self._ids[trial.number])
-                outcome = frozen.user_attrs.get("outcome")
-                if outcome is not None:
-                    ended.append(self._complete(trial, self._ids[trial.number], Outcome.from_json(outcome)))
-                else:
-                    ended.append(self.finish(trial, Failure(reason=reason, interrupted=True)))
+                recorded = self._write(partial(self._attrs, trial))
+                outcome = recorded.get("outcome")
+                result = spooled.get(trial.number, Failure(reason=reason, interrupted=True))
+                ended.append(self.finish(trial, result if outcome is None else Outcome.from_json(outcome)))
+        self._spool.clear()
         return ended
+
+    def _attrs(self, trial: Trial, _again: bool) -> dict[str, Any]:
+        """What the storage has of a trial beside its parameters."""
+        return dict(self._storage.get_trial(self._ids[trial.number]).user_attrs)
 
     def extend(self, trials: int) -> None:
         """Change how many proposals the search may try, to no fewer than it has; :class:`StudyError` below one."""
@@ -195,7 +238,8 @@ class Study:
         budget = self.space.budget.model_copy(update={"trials": max(trials, made)})
         changed = {**self.setting.__dict__, "space": self.space.model_copy(update={"budget": budget})}
         self.setting = Setting(**changed)
-        self._storage.set_study_user_attr(self._study_id, "ranksearch", json.dumps(self.setting.to_json()))
+        document = json.dumps(self.setting.to_json())
+        self._write(lambda _: self._storage.set_study_user_attr(self._study_id, "ranksearch", document))
 
     # Reading.
 
@@ -211,7 +255,7 @@ class Study:
 
     def trials(self, known: Mapping[int, Trial] | None = None) -> list[Trial]:
         """Every trial, in order of numbers; those ``known`` by their numbers have ended and are taken as they are."""
-        frozen = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        frozen = self._lasting(lambda _: self._storage.get_all_trials(self._study_id, deepcopy=False))
         read = known or {}
         try:
             return [read.get(one.number) or self._trial(one) for one in sorted(frozen, key=lambda one: one.number)]
@@ -286,48 +330,12 @@ class Study:
 
     def trials_frame(self, trials: list[Trial] | None = None) -> pd.DataFrame:
         """Every trial as a row: number, state, reason, origin, the measurements, ``on_front``."""
-        import pandas as pd
-
         trials = self.trials() if trials is None else trials
-        front = {trial.number for trial in self.front_trials(trials)}
-        dense = self.setting.dense["macs"]
-        rows = [
-            {
-                "number": t.number,
-                "index": t.index,
-                "attempt": t.attempt,
-                "state": t.state,
-                "reason": t.reason,
-                "origin": t.proposal.origin,
-                "feasible": t.feasible,
-                "on_front": t.number in front,
-                **_measured(t.outcome, dense),
-            }
-            for t in trials
-        ]
-        columns = ["number", "index", "attempt", "state", "reason", "origin", "feasible", "on_front"]
-        return pd.DataFrame(rows, columns=[*columns, *_measured(None, dense)])
+        return frames.trials_frame(trials, self.front_trials(trials), self.setting.dense["macs"])
 
     def front(self, trials: list[Trial] | None = None) -> pd.DataFrame:
         """The Pareto front by increasing MACs: trial, accuracy (report images) with its 95 % interval, costs."""
-        import pandas as pd
-
-        rows = []
-        for trial in self.front_trials(trials):
-            measured = _measured(trial.outcome, self.setting.dense["macs"])
-            low, high = interval(measured["accuracy"], cast(Outcome, trial.outcome).report_images)
-            rows.append(
-                {
-                    "trial": trial.number,
-                    "accuracy": measured.pop("accuracy"),
-                    "accuracy_low": low,
-                    "accuracy_high": high,
-                    **measured,
-                    "origin": trial.proposal.origin,
-                }
-            )
-        columns = ["trial", "accuracy", "accuracy_low", "accuracy_high", *list(_measured(None, 1))[1:], "origin"]
-        return pd.DataFrame(rows, columns=columns)
+        return frames.front_frame(self.front_trials(trials), self.setting.dense["macs"])
 
     def course(self, trials: list[Trial] | None = None) -> list[Progress]:
         """The hypervolume after each trial that ended, in the order in which they did."""
@@ -451,24 +459,6 @@ class Study:
             found = ", ".join(given) or "none"
             raise ValueError(f"exactly one rule picks a trial, found {found}. Give one of {', '.join(rules)}, knee.")
         return rank_map_of(self, choose(self, knee_point=knee, **rules))
-
-
-def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
-    """The columns of an outcome; NaN without one."""
-    if outcome is None:
-        names = ["accuracy", "accuracy_search", "loss", "macs", "macs_ratio", "gmacs", "params"]
-        return dict.fromkeys([*names, "latency_ms", "seconds"], math.nan)
-    return {
-        "accuracy": math.nan if outcome.accuracy is None else outcome.accuracy,
-        "accuracy_search": outcome.accuracy_search,
-        "loss": outcome.loss,
-        "macs": outcome.macs,
-        "macs_ratio": outcome.macs / dense_macs,
-        "gmacs": outcome.macs / 1e9,
-        "params": outcome.params,
-        "latency_ms": math.nan if outcome.latency_ms is None else outcome.latency_ms,
-        "seconds": outcome.seconds,
-    }
 
 
 def _by_name(constraints: Mapping[str, float]) -> tuple[float, ...]:

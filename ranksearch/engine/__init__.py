@@ -9,8 +9,10 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ranksearch.engine.limit import Overdue, limited
 from ranksearch.secrecy import redacted
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Signal, Task
@@ -66,7 +68,7 @@ def build_engine(spec: ResourcesSpec, meter: Meter | None = None) -> Engine:
         return RayEngine(spec, meter)
     from ranksearch.engine.local import LocalEngine
 
-    return LocalEngine()
+    return LocalEngine(limit_s=limit_s(spec))
 
 
 def build_map(spec: ResourcesSpec) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]:
@@ -85,14 +87,35 @@ def build_map(spec: ResourcesSpec) -> Callable[[Callable[[Any], Any], Iterable[A
     return builtins.map if spec.gpus_per_trial else over_processes(spec.workers or fitting)
 
 
-def attempt(evaluate: Evaluate, task: Task) -> Outcome | Failure:
+def limit_s(spec: ResourcesSpec) -> float | None:
+    """How many seconds a trial may take."""
+    return None if spec.trial_minutes is None else 60 * spec.trial_minutes
+
+
+def overdue(limit_s: float) -> Failure:
+    """Of a trial that took longer than it may: it would again, so it is not tried once more."""
+    return Failure(reason=f"it took longer than resources.trial_minutes={limit_s / 60:g}")
+
+
+def attempt(
+    evaluate: Evaluate, task: Task, *, limit_s: float | None = None, deadly: Path | None = None
+) -> Outcome | Failure:
     """What came of one task; an error of its computation, out of memory included, is a failure with its reason.
 
     An error of the system (a full disk, a file server that is away) says nothing about the task: it counts as an
     interruption.
+
+    Args:
+        evaluate: scores the task.
+        task: what to score.
+        limit_s: how long it may take.
+        deadly: a task that cannot be interrupted then takes the process along, and this file tells of it.
     """
     try:
-        return evaluate(task)
+        with limited(limit_s, deadly=deadly):
+            return evaluate(task)
+    except Overdue:
+        return overdue(limit_s or 0.0)
     except Exception as error:
         if is_out_of_memory(error):
             return Failure(reason=reason(error), exhausted=True)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from typing import Any
 import ray
 import ray.cloudpickle as cloudpickle
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ranksearch.engine import Evaluate, Factory, Source, attempt, brief, memory, reason
+from ranksearch.engine import Evaluate, Factory, Source, attempt, brief, limit_s, memory, overdue, reason
 from ranksearch.engine.cluster import carried, cluster, nodes, quiet
+from ranksearch.engine.limit import GRACE_S
 from ranksearch.engine.meter import Meter
 from ranksearch.engine.resources import workers
 from ranksearch.errors import EngineError
@@ -41,6 +44,10 @@ _REPORT_SECONDS = 0.5
 """How long a finished task may wait to be reported together with the next."""
 _IDLE_SECONDS = 5.0
 """How often a worker without tasks shows that it is alive."""
+_NODES_SECONDS = 2.0
+"""How often the machines of the cluster are counted."""
+_ASKING_SECONDS = 60.0
+"""How long a machine may take to say why its worker ended."""
 _FRUITLESS_WORKERS = 3
 """How many workers in a row may die before their first result."""
 
@@ -64,8 +71,8 @@ class RayEngine:
 
 def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any, meter: Meter | None) -> None:
     """Run Tune, in a folder that is left to nobody, until the source is DONE."""
-    worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox)
-    dispatcher = _Dispatcher(source, workers(spec, nodes()), mailbox, spec.gpus_per_trial, meter)
+    worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox, limit_s=limit_s(spec))
+    dispatcher = _Dispatcher(source, _Capacity(spec), mailbox, spec.gpus_per_trial, limit_s(spec), meter)
     with tempfile.TemporaryDirectory(prefix="ranksearch-tune-") as folder:
         tune.Tuner(
             tune.with_resources(worker, _placement(spec)),
@@ -80,6 +87,27 @@ def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any, me
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+
+
+class _Capacity:
+    """How many workers the cluster holds now: machines come and go while a search runs.
+
+    Raises:
+        EngineError: when it is made, not even one worker fits, or fewer than asked for.
+    """
+
+    def __init__(self, spec: ResourcesSpec) -> None:
+        self._spec = spec
+        self._count = workers(spec, nodes())
+        self._counted = time.monotonic()
+
+    def __call__(self) -> int:
+        """As many as asked for, or as many as fit the machines that are there; at least as many as once did."""
+        if self._spec.workers is None and time.monotonic() - self._counted > _NODES_SECONDS:
+            self._counted = time.monotonic()
+            with suppress(EngineError):  # a worker that lost its machine waits until another one joins
+                self._count = max(self._count, workers(self._spec, nodes()))
+        return self._count
 
 
 def _placement(spec: ResourcesSpec) -> tune.PlacementGroupFactory:
@@ -123,10 +151,19 @@ class _Mailbox:
 class _Worker(tune.Trainable):
     """One worker: network, data and factors stay warm as long as it lives."""
 
-    def setup(self, config: dict[str, Any], factory: Factory | None = None, mailbox: Any = None) -> None:
+    def setup(
+        self,
+        config: dict[str, Any],
+        factory: Factory | None = None,
+        mailbox: Any = None,
+        limit_s: float | None = None,
+    ) -> None:
         """Make the evaluator; where that fails, the first step tells. Tune fills in what ``with_parameters`` gave."""
         self._name: str = config["worker"]
         self._mailbox = mailbox
+        self._limit_s = limit_s
+        self._mark = Path(self.logdir, "overran")  # in Ray's own folder on this machine
+        """File that tells that this worker ended itself, since its task did not heed the time limit."""
         self._share: float = config["gpu_share"]
         self._queue: list[Task] = []
         self._alone = False
@@ -147,7 +184,7 @@ class _Worker(tune.Trainable):
             return {"results": [], "broken": self._broken, "done": True}
         if not self._ready:
             self._ready = True
-            return {"results": [], "place": memory.place(), "done": False}
+            return {"results": [], "place": memory.place(), "mark": str(self._mark), "done": False}
         if not self._queue:
             memory.release(self._share)
             letter: _Letter | None = ray.get(self._mailbox.take.remote(self._name))
@@ -159,7 +196,7 @@ class _Worker(tune.Trainable):
         while self._queue and time.monotonic() - start < _REPORT_SECONDS:
             task = self._queue.pop(0)
             with memory.whole(self._share) if self._alone else nullcontext():
-                results.append((task.number, attempt(self._evaluate, task)))
+                results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=self._mark)))
         return {"results": results, "seconds": time.monotonic() - start, "done": False}
 
 
@@ -167,13 +204,20 @@ class _Dispatcher(Searcher):
     """Starts workers, keeps them in tasks, and hands results to the source; runs in the driver."""
 
     def __init__(
-        self, source: Source, workers: int, mailbox: Any, gpu_share: float, meter: Meter | None = None
+        self,
+        source: Source,
+        capacity: _Capacity,
+        mailbox: Any,
+        gpu_share: float,
+        limit_s: float | None,
+        meter: Meter | None = None,
     ) -> None:
         super().__init__()
         self._meter = meter
         self._source = source
-        self._workers = workers
+        self._capacity = capacity
         self._mailbox = mailbox
+        self._limit_s = limit_s
         self._gpu_share = gpu_share
         self._running: dict[str, dict[int, Task]] = {}
         """Worker to the tasks it has, by number."""
@@ -181,6 +225,10 @@ class _Dispatcher(Searcher):
         """Workers that have not reported yet: they may still wait for resources, so they get no tasks."""
         self._proven: set[str] = set()
         """Workers that have had a result."""
+        self._heard: dict[str, float] = {}
+        """When a worker was last sent tasks or heard of, seconds."""
+        self._marks: dict[str, str] = {}
+        """Worker to the file on its machine that tells that it ended itself."""
         self._fruitless = 0
         """How many workers in a row died before they had a result."""
         self._ready: list[Task] = []
@@ -204,7 +252,7 @@ class _Dispatcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """Start a worker where one is missing and there is a task for it."""
         wanted = len(self._starting) + 1
-        if len(self._running) < self._workers and self._refill(wanted) and len(self._ready) >= wanted:
+        if len(self._running) < self._capacity() and self._refill(wanted) and len(self._ready) >= wanted:
             self._running[trial_id] = {}
             self._starting.add(trial_id)
             self._measure()
@@ -214,8 +262,10 @@ class _Dispatcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record what a worker reports, and keep all workers in tasks."""
         self._starting.discard(trial_id)
+        self._heard[trial_id] = time.monotonic()
         if "place" in result:
             self._places[trial_id] = result["place"]
+            self._marks[trial_id] = result["mark"]
         self._record(trial_id, result)
         self._feed()
 
@@ -226,15 +276,36 @@ class _Dispatcher(Searcher):
         self._starting.discard(trial_id)
         lost = self._running.pop(trial_id, {})
         if error:
-            self._fruitless += trial_id not in self._proven
-            self._chunk, self._alone = 1, self._alone + len(lost)
+            overran = len(lost) == 1 and self._overran(trial_id)
+            if overran:  # that is a result
+                self._fruitless = 0
+                self._proven.add(trial_id)
+            self._chunk, self._alone = 1, self._alone + (0 if overran else len(lost))
+            died = Failure(reason="its worker died (killed, or out of memory)", interrupted=True)
             for task in lost.values():
-                self._done(task, Failure(reason="its worker died (killed, or out of memory)", interrupted=True))
+                self._done(task, overdue(self._limit_s or 0.0) if overran else died)
         self._leave(self._places.pop(trial_id, ""), lost)
         self._feed()
 
-    def died(self, cause: str) -> None:
-        """Hear why a worker died, after ``on_trial_complete``; end the search where no worker gets anywhere."""
+    def _overran(self, worker: str) -> bool:
+        """Whether a worker that died ended itself at the time limit: a machine that is lost is silent for long too."""
+        silent = time.monotonic() - self._heard.get(worker, math.inf)
+        if self._limit_s is None or silent < self._limit_s + GRACE_S or worker not in self._marks:
+            return False
+        machine = NodeAffinitySchedulingStrategy(self._places[worker].partition("/")[0], soft=False)
+        asked: Any = ray.remote(num_cpus=0, max_retries=0)(_is_marked)
+        try:
+            told = asked.options(scheduling_strategy=machine).remote(self._marks[worker])
+            return bool(ray.get(told, timeout=_ASKING_SECONDS))
+        except RayError:  # the machine is gone
+            return False
+
+    def died(self, worker: str, cause: str) -> None:
+        """Hear why a worker died, after ``on_trial_complete``; end the search where no worker gets anywhere.
+
+        That its machine was lost says nothing of the worker.
+        """
+        self._fruitless += worker not in self._proven and "node has died" not in cause
         if self._fruitless >= _FRUITLESS_WORKERS:
             raise _Stopped(
                 EngineError(
@@ -306,6 +377,7 @@ class _Dispatcher(Searcher):
                 del self._outgrown[place]
             self._by_itself[place] = task
             self._running[here[0]] = {task.number: task}
+            self._heard[here[0]] = time.monotonic()
             self._mailbox.put.remote(here[0], [task], alone=True)
 
     def _feed(self) -> None:
@@ -336,7 +408,7 @@ class _Dispatcher(Searcher):
         Cheap tasks are taken ahead for all the workers, so that they can be dealt out evenly; dear ones never, since
         a strategy proposes better the more outcomes it has seen.
         """
-        wanted = idle + (self._chunk - 1) * self._workers
+        wanted = idle + (self._chunk - 1) * self._capacity()
         while len(self._ready) < wanted and not self._exhausted:
             try:
                 tasks = self._source.take(wanted - len(self._ready))
@@ -356,10 +428,11 @@ class _Dispatcher(Searcher):
 
     def _send(self, worker: str) -> None:
         """Send a worker its share of the ready tasks."""
-        count = 1 if self._alone else min(self._chunk, math.ceil(len(self._ready) / self._workers))
+        count = 1 if self._alone else min(self._chunk, math.ceil(len(self._ready) / self._capacity()))
         tasks, self._ready = self._ready[:count], self._ready[count:]
         self._alone = max(0, self._alone - count)
         self._running[worker] = {task.number: task for task in tasks}
+        self._heard[worker] = time.monotonic()
         self._mailbox.put.remote(worker, tasks)
 
     def _done(self, task: Task, result: Outcome | Failure) -> None:
@@ -367,6 +440,12 @@ class _Dispatcher(Searcher):
             self._source.done(task, result)
         except Exception as error:
             raise _Stopped(error) from error
+
+
+def _is_marked(name: str) -> bool:
+    """Whether a worker of this machine that is gone left its mark."""
+    mark = Path(name)
+    return mark.exists() and mark.stat().st_size > 0
 
 
 class _NoneLeft(tune.Stopper):
@@ -392,7 +471,7 @@ class _Coroner(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A worker died."""
-        self._dispatcher.died(_cause(trial))
+        self._dispatcher.died(trial.trial_id, _cause(trial))
 
 
 def _cause(trial: Any) -> str:

@@ -24,12 +24,11 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from ranksearch.front import non_dominated
-from ranksearch.strategies.random import ATTEMPTS
-from ranksearch.trial import MAXIMISED, Trial, minimised
+from ranksearch.strategies.history import memory, newest_and_best
+from ranksearch.trial import MAXIMISED, Trial
 
-HISTORY: Final = 500
-"""Trials shown to a sampler at most; the time of TPE grows from 20 ms after 100 trials to 1.3 s after 10,000."""
+HISTORY: Final = 300
+"""Trials shown to a sampler at most: TPE would take 20 ms after 100 trials, and 1.3 s after 10,000."""
 
 Distributions = Mapping[str, BaseDistribution]
 Params = dict[str, Any]
@@ -55,8 +54,9 @@ class Asker:
         params_of: Callable[[Trial], Params],
         index: int,
         fresh: Callable[[Params], bool],
+        asks: int,
     ) -> tuple[Params, dict[str, Any]]:
-        """A point that is ``fresh`` where a few attempts find one, and the note to keep with its proposal.
+        """A point that is ``fresh`` where the sampler soon has one, and the note to keep with its proposal.
 
         Args:
             space: name to distribution.
@@ -64,12 +64,13 @@ class Asker:
             params_of: the point of each of them.
             index: number of the proposal to be made; every one draws afresh.
             fresh: whether a point may be proposed.
+            asks: how often the sampler is asked for one that is, at most.
         """
         with _quiet():
-            past, memory = self._past(space, trials, params_of), self._memory(trials)
+            past, known = self._past(space, trials, params_of), memory(trials, self.origin)
             written: dict[str, Any] = {}
-            for attempt in range(ATTEMPTS):
-                params, on_trial, on_study = self._ask(space, past, memory | written, [self.seed, index, attempt])
+            for attempt in range(asks):
+                params, on_trial, on_study = self._ask(space, past, known | written, [self.seed, index, attempt])
                 written |= on_study
                 if fresh(params):
                     break
@@ -108,29 +109,11 @@ class Asker:
             _frozen(
                 trial, params_of(trial), space, trial.proposal.note.get("trial", {}) if self._made(trial) else first
             )
-            for trial in self._shown(trials)
+            for trial in newest_and_best(trials, self.objectives, HISTORY)
         ]
 
     def _made(self, trial: Trial) -> bool:
         return trial.proposal.origin == self.origin and not trial.proposal.note.get("given")
-
-    def _memory(self, trials: Sequence[Trial]) -> dict[str, Any]:
-        """What the sampler wrote on the study, proposal after proposal."""
-        memory: dict[str, Any] = {}
-        for trial in trials:
-            if self._made(trial):
-                memory.update(trial.proposal.note.get("study", {}))
-        return memory
-
-    def _shown(self, trials: Sequence[Trial]) -> list[Trial]:
-        """At most ``HISTORY`` of the trials: the non-dominated ones and the newest, in order."""
-        if len(trials) <= HISTORY:
-            return list(trials)
-        scored = [(trial.number, minimised(trial.values, self.objectives)) for trial in trials if trial.values]
-        kept = {scored[i][0] for i in non_dominated([point for _, point in scored])[:HISTORY]}
-        newest = [trial.number for trial in reversed(trials) if trial.number not in kept]
-        kept.update(newest[: HISTORY - len(kept)])
-        return [trial for trial in trials if trial.number in kept]
 
 
 class _Mirror(InMemoryStorage):

@@ -74,7 +74,7 @@ class Auto:
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
-        known = tried(trials)
+        known = set(tried(trials))  # a copy: more is noted below
         if len(known) >= table.size:
             return DONE
         made = proposals_made(trials, NAME)

@@ -16,6 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from ranksearch.strategies.asking import Asker, Params
 from ranksearch.strategies.history import proposals_made, run, runs
+from ranksearch.strategies.random import ATTEMPTS
 from ranksearch.table import GATEABLE, PriceTable
 from ranksearch.trial import DONE, Proposal, Settings, Signal, Trial
 
@@ -103,12 +104,14 @@ class FunnelSearch:
             return run(self._proposal(choices, params, {})) not in known
 
         past = [trial for trial in trials if trial.proposal.funnel and _within(trial.proposal.settings, space)]
-        params, note = self.asker.suggest(space, past, lambda t: _params(t, space), proposals_made(trials), fresh)
+        params, note = self.asker.suggest(
+            space, past, lambda t: _params(t, space), proposals_made(trials), fresh, ATTEMPTS
+        )
         return self._proposal(choices, params, note) if fresh(params) else DONE
 
     def check_sampler(self) -> None:
         """Ask once, of no trials; raises ValueError where the sampler is not for such a space."""
-        self.asker.suggest(self.space(), (), lambda trial: {}, 0, lambda params: True)
+        self.asker.suggest(self.space(), (), lambda trial: {}, 0, lambda params: True, 1)
 
     def space(self) -> dict[str, BaseDistribution]:
         """What is explored: name to distribution."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from optuna.distributions import IntDistribution
 
 from ranksearch.strategies.asking import Asker, Params
-from ranksearch.strategies.history import proposals_made, tried
+from ranksearch.strategies.history import maps, proposals_made, tried
 from ranksearch.strategies.random import ATTEMPTS, step_to_new
 from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Signal, Trial
 
 NAME = "optuna"
+ASKS: Final = 2
+"""A sampler that has settled repeats itself, and asking is dear: then a neighbour of what it suggests is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +44,9 @@ class Optuna:
             named = zip(table.layers, trial.proposal.choices, strict=True)
             return {layer.name: i for layer, i in named if layer.name in space}
 
-        # The choices of a funnel run are what it starts from: its outcome is not theirs.
-        maps = [trial for trial in trials if not trial.proposal.funnel]
-        params, note = self.asker.suggest(space, maps, params_of, index, lambda p: choices_of(p) not in known)
+        params, note = self.asker.suggest(
+            space, maps(trials), params_of, index, lambda p: choices_of(p) not in known, ASKS
+        )
         choices = choices_of(params)
         if choices in known:
             rng = np.random.default_rng([self.asker.seed, index, ATTEMPTS])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,7 +38,7 @@ class Random:
 
 
 def step_to_new(
-    table: PriceTable, choices: tuple[int, ...], known: set[tuple[int, ...]], rng: np.random.Generator
+    table: PriceTable, choices: tuple[int, ...], known: Set[tuple[int, ...]], rng: np.random.Generator
 ) -> tuple[int, ...]:
     """Walk from ``choices``, one layer by one candidate at a time, until a rank map that is not ``known``.
 

@@ -1,8 +1,9 @@
 """MLflow: a view of the search, written by the driver alone; the study stays the record of trials.
 
-One run per search, with a nested run per trial. A background thread writes, so that the search never waits for the
-store; what cannot be written is kept and tried again, and at the next resume ``sync`` fills what is still missing.
-Runs are found again by their tags ``ranksearch.study`` and ``ranksearch.trial``, so nothing is written twice.
+One run per search, with a nested run per trial. A background thread writes, so that the search does not wait for the
+store, unless it is far ahead of it; what cannot be written is kept and tried again, and at the next resume ``sync``
+fills what is still missing. Runs are found again by their tags ``ranksearch.study`` and ``ranksearch.trial``, so
+nothing is written twice.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class Tracker:
         self._monitor: Any = None
         """Logs processors, memory and GPUs of this machine, every ten seconds."""
         self._parent = ""
+        self._resumed = False
+        """Whether another driver had the run before this one."""
         self._study = ""
         self._children: dict[int, str] = {}
         """Trial to its run."""
@@ -94,6 +97,8 @@ class Tracker:
         """Trials whose run says that they are on the front."""
         self._steps: set[int] = set()
         """Trials at which the hypervolume is recorded."""
+        self._points: list[Metric] = []
+        """Hypervolumes that are not written yet: appended here, taken away by the writer."""
         self._release = use_write_ahead_log(folder / "mlflow.db") if spec.uri is None else None
         try:
             with explained(self.uri):
@@ -142,7 +147,7 @@ class Tracker:
                 if inputs:
                     self._client.log_inputs(self._parent, list(inputs))
             else:
-                self._parent = parent.info.run_id
+                self._parent, self._resumed = parent.info.run_id, True
                 self._client.update_run(self._parent, status="RUNNING")
                 self._read_what_is_there(parent)
             known = parent.data.params
@@ -177,8 +182,9 @@ class Tracker:
         """Record the front's hypervolume after ``step`` trials, through the background thread; once for each step."""
         if step not in self._steps and isfinite(value):
             self._steps.add(step)
-            metric = Metric("hypervolume", value, _now_ms(), step)
-            self._writer.submit(partial(self._log_metric, metric))
+            self._points.append(Metric("hypervolume", value, _now_ms(), step))
+            if len(self._points) == 1:  # else a job that will write it is waiting, or at work
+                self._writer.submit(self._log_points)
 
     def finish(
         self,
@@ -206,6 +212,8 @@ class Tracker:
         """
         self._end_monitor()
         self._writer.flush()
+        if self._resumed:
+            self._writer.now(self._remove_doubles)
         at = _now_ms()
 
         def write(again: bool) -> None:
@@ -229,6 +237,11 @@ class Tracker:
     def flush(self) -> None:
         """Wait until what was handed over is written, or has failed."""
         self._writer.flush()
+
+    def drop(self) -> None:
+        """Write nothing more, not even what is waiting: the run is another driver's."""
+        self._end_monitor()
+        self._writer.drop()
 
     def close(self) -> None:
         """Finish the queue and end the background threads."""
@@ -259,8 +272,9 @@ class Tracker:
         """Which trials and hypervolumes an earlier driver has written."""
         for run in self._search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
             number = int(run.data.tags["ranksearch.trial"])
-            self._children[number] = run.info.run_id
+            self._children.setdefault(number, run.info.run_id)
             if run.info.status in _CLOSED:
+                self._children[number] = run.info.run_id
                 self._handed_over.add(number)
             if run.info.status == "RUNNING":
                 self._left_running[number] = run.info.run_id
@@ -297,8 +311,18 @@ class Tracker:
             self._on_front.add(record.number)
         self._client.set_terminated(run_id, record.status, record.end_ms)
 
-    def _log_metric(self, metric: Metric, _again: bool) -> None:
-        self._client.log_batch(self._parent, metrics=[metric])
+    def _log_points(self, _again: bool) -> None:
+        """Write the hypervolumes that are waiting, many in one call. Those of a call that failed stay."""
+        while points := self._points[:_METRICS_PER_BATCH]:
+            self._client.log_batch(self._parent, metrics=points)
+            del self._points[: len(points)]
+
+    def _remove_doubles(self, _again: bool) -> None:
+        """Remove the runs of trials that have one: a driver that was ousted wrote them before it knew that it was."""
+        for run in self._search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
+            own = self._children.setdefault(int(run.data.tags["ranksearch.trial"]), run.info.run_id)
+            if own != run.info.run_id:
+                self._client.delete_run(run.info.run_id)
 
     def _end_orphan(self, run_id: str, _again: bool) -> None:
         self._client.set_terminated(run_id, "KILLED")

@@ -290,6 +290,24 @@ def test_a_run_whose_creation_was_not_heard_of_is_found_again(folder: Path) -> N
     assert child.data.tags["state"] == "COMPLETE"
 
 
+def test_what_an_ousted_driver_wrote_before_it_knew_is_not_there_twice(folder: Path) -> None:
+    with tracking(folder) as ousted, tracking(folder) as successor:
+        ousted.trial(record(0))
+        ousted.trial(record(1))
+        ousted.flush()
+        ousted.drop()
+        ousted.trial(record(3))
+        for number in (0, 1, 2):
+            successor.trial(record(number))
+        successor.flush()
+        assert len(runs(successor.uri)[1]) == 5
+        finish(successor, 3, {1})
+    (parent,), children = runs(successor.uri)
+    assert [child.data.tags["ranksearch.trial"] for child in children] == ["0", "1", "2"]
+    assert [child.data.tags["on_front"] for child in children] == ["false", "true", "false"]
+    assert parent.info.status == "FINISHED"
+
+
 def test_a_store_that_stays_broken_is_filled_by_the_next_resume(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="ranksearch")
     with tracking(folder) as tracker, full_disk(tracker.uri, "params"):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranksearch.front import Front, Point, hypervolume, knee, non_dominated
+from ranksearch.front import Front, NumberedFront, Point, hypervolume, knee, non_dominated
 
 small = st.integers(0, 5)
 unit = st.floats(0, 1, allow_nan=False)
@@ -50,6 +50,18 @@ def test_non_dominated_equals_comparing_all_pairs(points: list[Point]) -> None:
     assert len(kept) == len({points[i] for i in kept})
     assert all(points.index(points[i]) == i for i in kept)
     assert [points[i] for i in kept] == sorted(points[i] for i in kept)
+
+
+@given(st.integers(1, 4).flatmap(lambda size: points_of(small, size, 25)), st.randoms(use_true_random=False))
+def test_a_front_kept_up_to_date_is_that_of_all_points_in_any_order(points: list[Point], random: Random) -> None:
+    front, left = NumberedFront(), []
+    order = list(range(len(points)))
+    random.shuffle(order)
+    for number in order:
+        left += front.put(points[number], number)
+    assert front.numbers == non_dominated(points)
+    assert front.points == [points[number] for number in front.numbers]
+    assert sorted(left + front.numbers) == list(range(len(points))), "each that is not there any more is told once"
 
 
 @given(st.integers(1, 4).flatmap(lambda size: points_of(small, size, 25)), st.randoms(use_true_random=False))

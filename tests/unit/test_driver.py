@@ -31,7 +31,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 def space(trials: int = 22, strategy: str = "nsga2", *, deterministic: bool = True, **budget: float) -> Space:
     return space_of(
         budget={"trials": trials, **budget},
-        strategy={"batch": 4, **STRATEGIES[strategy]},
+        strategy={"name": "optuna", "batch": 4, **STRATEGIES[strategy]},
         deterministic=deterministic,
         seed=3,
     )

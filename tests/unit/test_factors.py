@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ranksearch.conv import Conv
@@ -65,6 +67,28 @@ def test_a_fit_is_the_same_from_the_cache_afresh_and_beside_others(form: str, tm
     dense = weight().double().numpy()
     assert first.report is not None
     assert first.report.relative_error == pytest.approx(((kernel - dense) ** 2).sum() / (dense**2).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["a bit of a value", "a value that is left out", "no hash"])
+def test_an_entry_that_was_damaged_is_computed_again(damage: str, tmp_path: Path) -> None:
+    known = prepared("cp", tmp_path)
+    first = factors_at("cp", CONV, known, (14,), EPC, tmp_path)
+    (entry,) = fits(tmp_path)
+    whole = entry.read_bytes()
+    if damage == "a bit of a value":
+        entry.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    else:
+        tensors = load_file(entry)
+        if damage == "a value that is left out":
+            del tensors["stage0"]
+        with safe_open(entry, framework="pt") as file:
+            told = None if damage == "no hash" else file.metadata()
+        save_file(tensors, entry, metadata=told)
+    damaged = entry.read_bytes()
+    assert damaged != whole
+    assert load_file(entry), "as a file it is in order"
+    assert same(factors_at("cp", CONV, known, (14,), EPC, tmp_path), first)
+    assert entry.read_bytes() == whole, "the entry is mended"
 
 
 def test_threads_and_stabilisers_and_weights_are_told_apart(tmp_path: Path) -> None:
