@@ -170,9 +170,10 @@ def awaited(study: Study, prometheus: Prometheus) -> None:
         prometheus.scrape()
         missing = [one for one in ASKED if not on_gpus(one) and not one.answered(prometheus.seen, study.name)]
         found = prometheus.figures(study.name)
-        if not missing and expected.items() <= found.items():
+        wrong = {name: (value, found.get(name)) for name, value in expected.items() if found.get(name) != value}
+        if not missing and not wrong:
             return
-        assert time.monotonic() < deadline, (missing, expected, found)
+        assert time.monotonic() < deadline, f"not exported: {missing}; expected and exported: {wrong}"
         time.sleep(1)
 
 
