@@ -9,12 +9,9 @@ synchronous batch ends all other workers are stopped, and load network, data and
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -28,22 +25,18 @@ from ray.exceptions import RayError
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ranksearch.engine import Evaluate, Factory, Source, attempt, brief, limit_s, memory, overdue, reason
+from ranksearch.engine import Factory, Source, brief, limit_s, overdue, reason
 from ranksearch.engine.cluster import carried, cluster, nodes, quiet
 from ranksearch.engine.limit import GRACE_S
 from ranksearch.engine.meter import Meter
 from ranksearch.engine.resources import workers
+from ranksearch.engine.worker import Mailbox, Worker, is_marked
 from ranksearch.errors import EngineError
-from ranksearch.secrecy import adopt
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Task
 
 _CHUNK_SECONDS = 1.0
 """How long a chunk of tasks may keep a worker."""
-_REPORT_SECONDS = 0.5
-"""How long a finished task may wait to be reported together with the next."""
-_IDLE_SECONDS = 5.0
-"""How often a worker without tasks shows that it is alive."""
 _NODES_SECONDS = 2.0
 """How often the machines of the cluster are counted."""
 _ASKING_SECONDS = 60.0
@@ -62,16 +55,19 @@ class RayEngine:
     def run(self, factory: Factory, source: Source) -> None:
         """Evaluate the tasks of ``source`` until it is DONE; see :class:`~ranksearch.engine.Engine`."""
         with quiet(self._spec.address), cluster(self._spec), self._meter or nullcontext():
-            actor: Any = ray.remote(num_cpus=0)(_Mailbox)
+            actor: Any = ray.remote(num_cpus=0)(Mailbox)
+            # Beside the driver: Ray would put it on any machine, and all workers would end with that one.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            mailbox = actor.options(scheduling_strategy=here).remote()
             try:
-                _fit(self._spec, factory, source, actor.remote(), self._meter)
+                _fit(self._spec, factory, source, mailbox, self._meter)
             except _Stopped as stopped:
                 raise stopped.error from None
 
 
 def _fit(spec: ResourcesSpec, factory: Factory, source: Source, mailbox: Any, meter: Meter | None) -> None:
     """Run Tune, in a folder that is left to nobody, until the source is DONE."""
-    worker = tune.with_parameters(_Worker, factory=factory, mailbox=mailbox, limit_s=limit_s(spec))
+    worker = tune.with_parameters(Worker, factory=factory, mailbox=mailbox, limit_s=limit_s(spec))
     dispatcher = _Dispatcher(source, _Capacity(spec), mailbox, spec.gpus_per_trial, limit_s(spec), meter)
     with tempfile.TemporaryDirectory(prefix="ranksearch-tune-") as folder:
         tune.Tuner(
@@ -124,80 +120,6 @@ class _Stopped(BaseException):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-_Letter = tuple[list[Task], bool]
-"""Tasks, and whether no other worker works where they are worked on."""
-
-
-class _Mailbox:
-    """An actor through which tasks reach the workers: Tune itself hands a worker nothing once it runs."""
-
-    def __init__(self) -> None:
-        self._boxes: defaultdict[str, asyncio.Queue[_Letter | None]] = defaultdict(asyncio.Queue)
-
-    async def put(self, worker: str, tasks: list[Task] | None, alone: bool = False) -> None:
-        """Hand tasks to a worker, to be worked on ``alone`` or beside others, or None to end it."""
-        self._boxes[worker].put_nowait(None if tasks is None else (tasks, alone))
-
-    async def take(self, worker: str) -> _Letter | None:
-        """The next tasks of a worker; none after a while."""
-        try:
-            return await asyncio.wait_for(self._boxes[worker].get(), _IDLE_SECONDS)
-        except TimeoutError:
-            return [], False
-
-
-class _Worker(tune.Trainable):
-    """One worker: network, data and factors stay warm as long as it lives."""
-
-    def setup(
-        self,
-        config: dict[str, Any],
-        factory: Factory | None = None,
-        mailbox: Any = None,
-        limit_s: float | None = None,
-    ) -> None:
-        """Make the evaluator; where that fails, the first step tells. Tune fills in what ``with_parameters`` gave."""
-        self._name: str = config["worker"]
-        self._mailbox = mailbox
-        self._limit_s = limit_s
-        self._mark = Path(self.logdir, "overran")  # in Ray's own folder on this machine
-        """File that tells that this worker ended itself, since its task did not heed the time limit."""
-        self._share: float = config["gpu_share"]
-        self._queue: list[Task] = []
-        self._alone = False
-        self._ready = False
-        self._broken: str | None = None
-        self._evaluate: Evaluate | None = None
-        adopt()
-        os.environ.update(config["variables"])
-        try:
-            memory.limit(self._share)
-            self._evaluate = factory() if factory else None
-        except Exception as error:
-            self._broken = reason(error)
-
-    def step(self) -> dict[str, Any]:
-        """Evaluate tasks for a moment and report them."""
-        if self._evaluate is None:
-            return {"results": [], "broken": self._broken, "done": True}
-        if not self._ready:
-            self._ready = True
-            return {"results": [], "place": memory.place(), "mark": str(self._mark), "done": False}
-        if not self._queue:
-            memory.release(self._share)
-            letter: _Letter | None = ray.get(self._mailbox.take.remote(self._name))
-            if letter is None:
-                return {"results": [], "done": True}
-            self._queue, self._alone = letter
-        start = time.monotonic()
-        results: list[tuple[int, Outcome | Failure]] = []
-        while self._queue and time.monotonic() - start < _REPORT_SECONDS:
-            task = self._queue.pop(0)
-            with memory.whole(self._share) if self._alone else nullcontext():
-                results.append((task.number, attempt(self._evaluate, task, limit_s=self._limit_s, deadly=self._mark)))
-        return {"results": results, "seconds": time.monotonic() - start, "done": False}
 
 
 class _Dispatcher(Searcher):
@@ -293,7 +215,7 @@ class _Dispatcher(Searcher):
         if self._limit_s is None or silent < self._limit_s + GRACE_S or worker not in self._marks:
             return False
         machine = NodeAffinitySchedulingStrategy(self._places[worker].partition("/")[0], soft=False)
-        asked: Any = ray.remote(num_cpus=0, max_retries=0)(_is_marked)
+        asked: Any = ray.remote(num_cpus=0, max_retries=0)(is_marked)
         try:
             told = asked.options(scheduling_strategy=machine).remote(self._marks[worker])
             return bool(ray.get(told, timeout=_ASKING_SECONDS))
@@ -440,12 +362,6 @@ class _Dispatcher(Searcher):
             self._source.done(task, result)
         except Exception as error:
             raise _Stopped(error) from error
-
-
-def _is_marked(name: str) -> bool:
-    """Whether a worker of this machine that is gone left its mark."""
-    mark = Path(name)
-    return mark.exists() and mark.stat().st_size > 0
 
 
 class _NoneLeft(tune.Stopper):
