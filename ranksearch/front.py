@@ -30,45 +30,6 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
     return kept
 
 
-class Front(Generic[Item]):
-    """Of items that come one by one, in any order, those that no other dominates; of equal points the first by rank.
-
-    Its members are those that :func:`non_dominated` finds among all items by their rank: an item is compared with the
-    members alone, since what a former member dominated, that which took its place dominates too.
-
-    Args:
-        point: an item's point; None where it can be on no front.
-        rank: a number of an item that no other item has.
-    """
-
-    def __init__(self, point: Callable[[Item], Point | None], rank: Callable[[Item], int]) -> None:
-        self._point = point
-        self._rank = rank
-        self._members: dict[int, tuple[Point, Item]] = {}
-
-    def take(self, item: Item) -> bool:
-        """Hear of an item; whether it is a member now."""
-        point, rank = self._point(item), self._rank(item)
-        if point is None:
-            return False
-        if any(dominates(at, point) or (at == point and other < rank) for other, (at, _) in self._members.items()):
-            return False
-        beaten = [other for other, (at, _) in self._members.items() if at == point or dominates(point, at)]
-        for other in beaten:
-            del self._members[other]
-        self._members[rank] = (point, item)
-        return True
-
-    def __contains__(self, item: Item) -> bool:
-        return self._rank(item) in self._members
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self._members[rank][1] for rank in sorted(self._members))
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-
 class NumberedFront:
     """The points put in that no other dominates, kept up to date one after the other, each with its number.
 
@@ -102,6 +63,42 @@ class NumberedFront:
         self.points.insert(at, point)
         self.numbers.insert(at, number)
         return left_off
+
+
+class Front(Generic[Item]):
+    """Of items that come one by one, in any order, those that no other dominates; of equal points the first by rank.
+
+    Its members are those that :func:`non_dominated` finds among all items by their rank.
+
+    Args:
+        point: an item's point; None where it can be on no front.
+        rank: a number of an item that no other item has.
+    """
+
+    def __init__(self, point: Callable[[Item], Point | None], rank: Callable[[Item], int]) -> None:
+        self._point = point
+        self._rank = rank
+        self._front = NumberedFront()
+        self._members: dict[int, Item] = {}
+
+    def take(self, item: Item) -> bool:
+        """Hear of an item; whether it is a member now."""
+        point, rank = self._point(item), self._rank(item)
+        if point is None:
+            return False
+        self._members[rank] = item
+        for left in self._front.put(point, rank):
+            del self._members[left]
+        return rank in self._members
+
+    def __contains__(self, item: Item) -> bool:
+        return self._rank(item) in self._members
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self._members[rank] for rank in sorted(self._members))
+
+    def __len__(self) -> int:
+        return len(self._members)
 
 
 def hypervolume(points: Sequence[Point], reference: Point) -> float:
