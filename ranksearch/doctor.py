@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -260,7 +261,7 @@ def _is_remote(url: str) -> bool:
 
 
 def _cluster(spec: ResourcesSpec, store: Store) -> Finding:
-    """Whether every machine has the same versions, and sees the same folder."""
+    """Whether every machine has the same versions, sees the same folder, and has some disk of its own."""
     from ranksearch.engine.probe import on_every_machine
 
     mark = store.folder / f".doctor-{uuid.uuid4().hex}"
@@ -269,7 +270,7 @@ def _cluster(spec: ResourcesSpec, store: Store) -> Finding:
     try:
         mark.write_text("seen")
         answers = on_every_machine(spec, partial(_look, str(mark)))
-        problems = []
+        problems, scarce = [], []
         for name, answer in answers.items():
             if isinstance(answer, Exception):
                 problems.append(f"{name} does not work: {answer}")
@@ -277,6 +278,8 @@ def _cluster(spec: ResourcesSpec, store: Store) -> Finding:
                 problems.append(f"{name} has {_differing(answer['versions'])}")
             elif not answer["seen"] or not mark.with_name(f"{mark.name}-{answer['id']}").exists():
                 problems.append(f"{name} does not share {store.folder}")
+            elif answer["free"] < _SCARCE_DISK:
+                scarce.append(f"{name} has {answer['free'] / _GIB:.1f} GiB free in {answer['temporary']}")
     finally:
         for file in store.folder.glob(f"{mark.name}*"):
             file.unlink(missing_ok=True)
@@ -288,8 +291,11 @@ def _cluster(spec: ResourcesSpec, store: Store) -> Finding:
             "Start every machine from one image (docs/cluster/Dockerfile), and give a folder that all of them mount "
             "with --storage."
         )
-        return Finding(check="cluster", state="failure", found="; ".join(problems), remedy=remedy)
-    found = f"{len(answers)} machines, all with the versions of this one, all share {store.folder}"
+        return Finding(check="cluster", state="failure", found="; ".join(problems + scarce), remedy=remedy)
+    if scarce:
+        remedy = "Free some space there: workers and Ray keep their temporary files in it."
+        return Finding(check="cluster", state="warning", found="; ".join(scarce), remedy=remedy)
+    found = f"{len(answers)} machines, all with the versions of this one, all share {store.folder}, all have disk"
     return Finding(check="cluster", state="ok", found=found)
 
 
@@ -298,7 +304,9 @@ def _look(mark: str) -> dict[str, Any]:
     seen, own = Path(mark).exists(), uuid.uuid4().hex
     if seen:
         Path(f"{mark}-{own}").touch()
-    return {"versions": _versions(), "seen": seen, "id": own}
+    temporary = tempfile.gettempdir()
+    free = shutil.disk_usage(temporary).free
+    return {"versions": _versions(), "seen": seen, "id": own, "temporary": temporary, "free": free}
 
 
 def _versions() -> dict[str, str]:

@@ -53,9 +53,9 @@ def await_nodes(cluster: Cluster, count: int) -> None:
     while True:
         with contextlib.suppress(requests.RequestException, ValueError, KeyError):
             answer = requests.get(f"{cluster.address}/nodes?view=summary", headers=headers, timeout=10).json()
-            if len([one for one in answer["data"]["summary"] if one["raylet"].get("state") == "ALIVE"]) >= count:
+            if len([one for one in answer["data"]["summary"] if one["raylet"].get("state") == "ALIVE"]) == count:
                 return
-        assert time.monotonic() < deadline, f"the cluster has no {count} nodes"
+        assert time.monotonic() < deadline, f"the cluster has not {count} nodes"
         time.sleep(1)
 
 
@@ -187,10 +187,23 @@ def test_doctor_looks_at_every_machine(cluster: Cluster, tmp_path: Path) -> None
     other = f"mount -t tmpfs none {storage}"
     if subprocess.run(["unshare", "--mount", "sh", "-c", other], capture_output=True, check=False).returncode:
         pytest.skip("a machine that does not share the folder takes the right to mount")
-    node = " ".join([sys.executable, *NODE, f"--address={cluster.gcs}", "--num-cpus=1"])
-    launch = f"import os; os.execvp('unshare', ['unshare', '--mount', 'sh', '-c', '{other} && exec {node}'])"
-    with started("-c", launch):
+    with started("-c", third_machine(cluster, f"{other} && exec")):
         await_nodes(cluster, 3)
         printed = ranksearch("doctor", *place, code=1)
     assert printed.count(f"does not share {storage}") == 1
     assert "give a folder that all of them mount" in printed
+
+    await_nodes(cluster, 2)
+    small = tmp_path / "small"
+    small.mkdir()
+    with started("-c", third_machine(cluster, f"mount -t tmpfs -o size=64m none {small} && TMPDIR={small} exec")):
+        await_nodes(cluster, 3)
+        printed = ranksearch("doctor", *place, code=0)
+    assert printed.count(f"has 0.1 GiB free in {small}") == 1
+    assert "Free some space there" in printed
+
+
+def third_machine(cluster: Cluster, run: str) -> str:
+    """A program that becomes a machine of the cluster, with mounts of its own."""
+    node = " ".join([sys.executable, *NODE, f"--address={cluster.gcs}", "--num-cpus=1"])
+    return f"import os; os.execvp('unshare', ['unshare', '--mount', 'sh', '-c', '{run} {node}'])"

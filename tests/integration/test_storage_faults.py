@@ -173,7 +173,7 @@ def test_of_two_drivers_the_second_is_refused_and_a_stale_lock_is_taken_over(
     where: str, database: Postgres, tmp_path: Path
 ) -> None:
     storage = tmp_path if where == "journal" else database.url("drivers")
-    uri = None if where == "journal" else local(tmp_path)
+    uri = local(tmp_path)
     search = plan(tmp_path, storage, trials=1000, uri=uri, experiment="two", seconds=0.5)
     # Another machine: it has neither the home nor the files of the first.
     other = tmp_path if where == "journal" else tmp_path / "elsewhere"
@@ -195,17 +195,16 @@ def test_of_two_drivers_the_second_is_refused_and_a_stale_lock_is_taken_over(
     second.finish()
     study = second.study()
     check_study(study, study.space.budget.trials)
-    if uri is not None:
-        check_mlflow(uri, study)
+    check_mlflow(uri, study)
 
 
 def test_a_driver_whose_study_was_taken_over_while_the_database_was_away_stops(
     database: Postgres, tmp_path: Path
 ) -> None:
     """The first is stopped in its tracks, as if its machine had been cut off, until a second one has the study."""
-    storage = database.url("fenced")
-    first = plan(tmp_path / "first", storage, trials=12, seconds=0.3)
-    second = plan(tmp_path / "second", storage, trials=12, seconds=0.3)
+    storage, uri = database.url("fenced"), local(tmp_path)
+    first = plan(tmp_path / "first", storage, trials=12, uri=uri, experiment="fenced", seconds=0.3)
+    second = plan(tmp_path / "second", storage, trials=12, uri=uri, experiment="fenced", seconds=0.3)
     driver = first.start()
     try:
         first.wait(3, driver)
@@ -227,6 +226,7 @@ def test_a_driver_whose_study_was_taken_over_while_the_database_was_away_stops(
     assert "taken over by" in first.log
     check_study(second.study(), 12)
     assert STOPPED not in {trial.reason for trial in second.study().trials()}, "the first ended nothing of the second"
+    check_mlflow(uri, second.study())
 
 
 def cut_off(database: Postgres, study: Study) -> None:
