@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch.export import ExportedProgram
 from ranksearch.deployment.target import Job, Runner, Target, first_line
 from ranksearch.errors import ExportError
 from ranksearch.export import load_compressed, save_compressed
+from ranksearch.latency.runtimes import quiet_exporter
 from ranksearch.rankmap import RankMap
 
 INPUT, OUTPUT = "images", "outputs"
@@ -52,7 +49,7 @@ def write_onnx(program: ExportedProgram, model: nn.Module, rank_map: RankMap, pa
         ExportError: packages are missing, or an operator has no place in ONNX.
     """
     _required("onnx", "onnxscript", "onnxruntime")
-    with _quiet():
+    with quiet_exporter():
         try:
             made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
         except Exception as error:  # whatever the exporter meets in a graph
@@ -88,20 +85,6 @@ def _required(*packages: str) -> None:
             f"an ONNX export needs onnx, onnxscript and onnxruntime, found no {', '.join(missing)}. "
             "Install them: pip install 'ranksearch[onnx]'."
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says about itself: deprecations inside torch, and that torchvision is missing."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 SAFETENSORS = Target(

@@ -15,11 +15,13 @@ median counts, and of the rounds the least median: what else a machine does only
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -95,6 +97,9 @@ def latencies(
         return _brought(Path(spec.table), spec)
     device, threads = next(model.parameters()).device, spec.threads or threads
     versions = {name: version for name, version in versions.items() if name in _DEPENDS_ON}
+    if spec.runtime == "onnxruntime":
+        with suppress(importlib.metadata.PackageNotFoundError):  # builds of other names; without any, timing tells
+            versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
     keys = list(dict.fromkeys(key for layer in _layers(table) for key in layer))
     about = [device_name(device), spec.runtime, spec.batch_images, threads, sorted(versions.items()), list(input_shape)]
     file = None if cache is None else cache / "latencies" / f"{_digest(about, table)}.json"

@@ -6,7 +6,8 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Literal, cast, get_args
 
 import torch
@@ -70,12 +71,8 @@ def _onnx(module: nn.Module, images: Tensor, threads: int) -> Callable[[], Any]:
             "pip install 'ranksearch[onnx]'."
         ) from error
     file = io.BytesIO()
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_exporter():
             # The exporter by tracing: that by torch.export takes a second a layer, and there are hundreds.
             torch.onnx.export(module, (images,), cast(Any, file), dynamo=False)
     except Exception as error:
@@ -83,11 +80,23 @@ def _onnx(module: nn.Module, images: Tensor, threads: int) -> Callable[[], Any]:
             f"the network must be exportable to ONNX, found {type(error).__name__}: {error}. Take another "
             "latency.runtime."
         ) from error
-    finally:
-        logger.setLevel(level)
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session: Any = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: images.numpy()}
     return lambda: session.run(None, feed)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without what PyTorch's ONNX exporter says about itself: deprecations inside torch, and a missing torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
