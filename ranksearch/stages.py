@@ -229,5 +229,13 @@ def composed(stages: Sequence[Conv], weights: Sequence[Tensor]) -> Tensor:
         # Correlating with one kernel after another is correlating with their convolution; transposed, torch convolves.
         tied = getattr(stage, "tied", 1)
         groups = weight.double().reshape(stage.groups // tied, -1, *weight.shape[1:]).repeat_interleave(tied, 0)
-        kernel = convolve(kernel, groups.transpose(1, 2).flatten(0, 1), groups=stage.groups)
+        extents = list(zip(kernel.shape[2:], weight.shape[2:], strict=True))
+        if all(1 in pair for pair in extents):  # nothing overlaps: products alone, many times faster for many groups
+            before = kernel.reshape(inputs, stage.groups, -1, kernel.shape[2:].numel())
+            product = torch.einsum("sgrx,gury->sguxy", before, groups.flatten(3))
+            pairs = product.reshape(inputs, stage.out_channels, *kernel.shape[2:], *weight.shape[2:])
+            beside = [axis for i in range(spatial) for axis in (2 + i, 2 + spatial + i)]
+            kernel = pairs.permute(0, 1, *beside).reshape(inputs, stage.out_channels, *map(prod, extents))
+        else:
+            kernel = convolve(kernel, groups.transpose(1, 2).flatten(0, 1), groups=stage.groups)
     return kernel.transpose(0, 1)
