@@ -199,10 +199,14 @@ def test_of_two_drivers_the_second_is_refused_and_a_stale_lock_is_taken_over(
 
 
 def test_a_driver_whose_study_was_taken_over_while_the_database_was_away_stops(
-    database: Postgres, tmp_path: Path
+    database: Postgres, mlflow: MlflowServer, tmp_path: Path
 ) -> None:
-    """The first is stopped in its tracks, as if its machine had been cut off, until a second one has the study."""
-    storage, uri = database.url("fenced"), local(tmp_path)
+    """The first is stopped in its tracks, as if its machine had been cut off, until a second one has the study.
+
+    MLflow is a server, as machines share it: a process that is stopped while it writes to a SQLite file keeps the file
+    locked for all others.
+    """
+    storage, uri = database.url("fenced"), mlflow.uri
     first = plan(tmp_path / "first", storage, trials=12, uri=uri, experiment="fenced", seconds=0.3)
     second = plan(tmp_path / "second", storage, trials=12, uri=uri, experiment="fenced", seconds=0.3)
     driver = first.start()
