@@ -116,9 +116,9 @@ def taps(x: Tensor, conv: Conv) -> Iterator[Tensor]:
 def patches(x: Tensor, conv: Conv, pixels: Tensor) -> Tensor:
     """Patches ``(N P, S, *kernel)``, the kernel flat, under the kernel at the given output pixels."""
     places: list[Any] = [slice(None), *torch.unravel_index(pixels, conv.output_size)]
-    # Channels-last, a tap is rows of channels, and picking pixels copies only those picked.
+    # Channels-last, a tap is rows of channels: picking pixels copies only those picked, and rows stay rows.
     found = [tap.movedim(1, -1)[tuple(places)] for tap in taps(x, conv)]
-    return torch.stack(found, dim=-1).flatten(0, 1).float()
+    return torch.stack(found, dim=2).flatten(0, 1).transpose(1, 2).float()
 
 
 def patch_means(x: Tensor, conv: Conv) -> Tensor:

@@ -27,7 +27,7 @@ from ranksearch.stages import composed, kernel_of, set_kernel
 LARGEST = 2400
 """Values of an input patch at most: of larger ones G takes longer than all the rest of the evaluation."""
 STEPS = 20
-PATCHES, PATCHES_A_VALUE = 16_384, 8
+PATCHES, PATCHES_A_VALUE = 8192, 8
 """Patches that the moments are taken of: no more than these, or so many for each value of a patch."""
 _CHUNK_VALUES = 2**24
 """Values of the patches that are held at a time."""
@@ -56,23 +56,25 @@ def reconstruct(
     if conv.in_channels * prod(conv.kernel) > LARGEST:
         return 1.0
     gram, cross = _moments(as_image(x, conv), conv, sample)
-    kernels = [kernel_of(stage)[0].double() for stage in chain]
+    kernels = [kernel_of(stage)[0] for stage in chain]
     start = composed(stages, kernels).flatten(1)
     pull = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    root, info = torch.linalg.cholesky_ex(gram + pull * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    gram.diagonal().add_(pull)
+    root, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
         return 1.0
-    target = torch.linalg.solve_triangular(root, cross + pull * start.T, upper=False).T
-    whole = (start @ root - target).square().sum()
-    if not bool(whole > 0):
+    best = torch.cholesky_solve(cross + pull * start.T, root).T
+    whole = float(((start - best) @ root).square().sum())
+    if not whole > 0:
         return 1.0
-    norms = [kernel.norm().clamp_min(1e-12) for kernel in kernels]
-    found, left = _descended([k / n for k, n in zip(kernels, norms, strict=True)], norms, stages, root, target)
-    if not all(bool(torch.isfinite(kernel).all()) for kernel in found) or not left < float(whole):
+    scale = float((best @ root).square().sum())
+    found = _descended(kernels, stages, gram, best, scale)
+    left = float(((composed(stages, found).flatten(1) - best) @ root).square().sum())
+    if not all(bool(torch.isfinite(kernel).all()) for kernel in found) or not left < whole:
         return 1.0
     for module, kernel in zip(chain, found, strict=True):
         set_kernel(module, kernel.to(kernel_of(module)[0].dtype))
-    return left / float(whole)
+    return left / whole
 
 
 def _moments(x: Tensor, conv: Conv, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -85,44 +87,42 @@ def _moments(x: Tensor, conv: Conv, sample: Sample) -> tuple[Tensor, Tensor]:
     gram, cross = x.new_zeros(values, values, dtype=torch.float64), x.new_zeros(values, outputs.shape[-1]).double()
     seen, told, count = x.new_zeros(values).double(), x.new_zeros(outputs.shape[-1]).double(), 0
     # About the first patch: about zero, a large mean would take the moments' digits.
-    origin = patches(x[:1], conv, pixels).flatten(1)[0]
+    origin = patches(x[:1], conv, pixels)[:1]
     zero = outputs[0, 0]
     for start in range(0, len(x), step):
-        own = patches(x[start : start + step], conv, pixels).flatten(1) - origin
+        # Pixel by pixel of the kernel, each with all its channels, as they lie in memory.
+        own = (patches(x[start : start + step], conv, pixels) - origin).transpose(1, 2).flatten(1)
         out = outputs[start : start + step].to(own.dtype).flatten(0, 1) - zero
-        gram += (own.T @ own).double()
-        cross += (own.T @ out).double()
-        seen += own.sum(0, dtype=torch.float64)
-        told += out.sum(0, dtype=torch.float64)
+        gram += own.T @ own
+        cross += own.T @ out
+        seen += own.sum(0)
+        told += out.sum(0)
         count += len(own)
-    return gram / count - torch.outer(seen, seen) / count**2, cross / count - torch.outer(seen, told) / count**2
+    order = torch.arange(values, device=x.device).reshape(-1, conv.in_channels).T.flatten()
+    gram = gram / count - torch.outer(seen, seen) / count**2
+    cross = cross / count - torch.outer(seen, told) / count**2
+    return gram[order][:, order], cross[order]
 
 
 def _descended(
-    kernels: list[Tensor], norms: Sequence[Tensor], stages: Sequence[Conv], root: Tensor, target: Tensor
-) -> tuple[list[Tensor], float]:
-    """The kernels after L-BFGS, and the error left."""
-    free = [kernel.contiguous().clone().requires_grad_(True) for kernel in kernels]
+    kernels: Sequence[Tensor], stages: Sequence[Conv], gram: Tensor, best: Tensor, scale: float
+) -> list[Tensor]:
+    """The kernels after L-BFGS, in single precision: they need no more digits than they are stored with."""
+    norms = [kernel.norm().clamp_min(1e-12) for kernel in kernels]
+    free = [(k / n).contiguous().requires_grad_(True) for k, n in zip(kernels, norms, strict=True)]
     optimiser: Any = torch.optim.LBFGS(free, max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
-    whole = target.square().sum().clamp_min(1e-300)
-
-    def error() -> Tensor:
-        return (
-            (composed(stages, [k * n for k, n in zip(free, norms, strict=True)]).flatten(1) @ root - target)
-            .square()
-            .sum()
-        )
+    gram, best = (gram / scale).float(), best.float()
 
     def closure() -> Tensor:
-        optimiser.zero_grad()
-        found = error() / whole
-        torch.autograd.backward(found)
-        for kernel in free:
-            if kernel.grad is not None:
-                kernel.grad = kernel.grad.contiguous()
-        return found
+        whole = composed(stages, [k * n for k, n in zip(free, norms, strict=True)], torch.float32)
+        with torch.no_grad():
+            apart = whole.flatten(1) - best
+            slope = apart @ gram
+        gradients = torch.autograd.grad(whole, free, (2 * slope).reshape(whole.shape))
+        for kernel, gradient in zip(free, gradients, strict=True):
+            kernel.grad = gradient.contiguous()
+        return (apart * slope).sum()
 
     with torch.enable_grad():
         optimiser.step(closure)
-    with torch.no_grad():
-        return [kernel.detach() * norm for kernel, norm in zip(free, norms, strict=True)], float(error())
+    return [kernel.detach() * norm for kernel, norm in zip(free, norms, strict=True)]

@@ -219,16 +219,16 @@ def build_chain(
     return nn.Sequential(*(build_stage(conv, weight, bias) for conv, weight in zip(stages, weights, strict=True)))
 
 
-def composed(stages: Sequence[Conv], weights: Sequence[Tensor]) -> Tensor:
-    """The one kernel ``(T, S, *kernel)``, float64, that a chain of stages applies; zero between groups."""
+def composed(stages: Sequence[Conv], weights: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    """The one kernel ``(T, S, *kernel)`` that a chain of stages applies; zero between groups."""
     spatial = weights[0].ndim - 2
     convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
     inputs = stages[0].in_channels
-    kernel = torch.eye(inputs, dtype=torch.float64, device=weights[0].device).reshape(inputs, inputs, *[1] * spatial)
+    kernel = torch.eye(inputs, dtype=dtype, device=weights[0].device).reshape(inputs, inputs, *[1] * spatial)
     for stage, weight in zip(stages, weights, strict=True):
         # Correlating with one kernel after another is correlating with their convolution; transposed, torch convolves.
         tied = getattr(stage, "tied", 1)
-        groups = weight.double().reshape(stage.groups // tied, -1, *weight.shape[1:]).repeat_interleave(tied, 0)
+        groups = weight.to(dtype).reshape(stage.groups // tied, -1, *weight.shape[1:]).repeat_interleave(tied, 0)
         extents = list(zip(kernel.shape[2:], weight.shape[2:], strict=True))
         if all(1 in pair for pair in extents):  # nothing overlaps: products alone, many times faster for many groups
             before = kernel.reshape(inputs, stage.groups, -1, kernel.shape[2:].numel())

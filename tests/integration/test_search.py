@@ -138,7 +138,7 @@ def test_every_trial_counts_as_the_flop_counter_does(folder: Path) -> None:
 
 
 def test_accuracies_are_those_of_the_stored_weights(folder: Path) -> None:
-    study, dense = searched(folder, trials=8), dense_network(folder)
+    study, dense = searched(folder, trials=12), dense_network(folder)
     data = load_data(DATA, cache=folder / "cache", seed=0)
     front = study.front_trials()
     assert len(front) >= 2
