@@ -29,8 +29,9 @@ from ranksearch.preparation import (
     read_network,
     settle,
     silent,
+    with_rank_multiple,
 )
-from ranksearch.pricing import price, unknown_formats
+from ranksearch.pricing import Factors, price, unknown_formats
 from ranksearch.rankmap import RankMap
 from ranksearch.setting import Setting
 from ranksearch.space import Space
@@ -79,8 +80,7 @@ def search(
             if named is not None:
                 named(name)
             with threads(_all_threads()):
-                network = read_network(space, store.cache, notify)
-                factors, failed = factorise(network, store.cache, notify)
+                network, factors, failed = _factorised(space, store, notify)
                 setting = settle(network, factors, failed, store.cache, notify, build_map(space.resources))
                 choices = seed_choices(setting)
             tracker = stack.enter_context(_tracking(space, store.folder))
@@ -90,6 +90,14 @@ def search(
                 bench = make_bench(network, factors, setting, study.weights_folder, store.cache, notify)
             drive(study, bench, choices, tracker, notify, watch)
     return study
+
+
+def _factorised(
+    space: Space, store: Store, notify: Notify, *, timed: bool = False
+) -> tuple[Network, Factors, dict[str, str]]:
+    """The network of a new search, its layers' prepared factors, and the layers that have none with the reason."""
+    network = with_rank_multiple(read_network(space, store.cache, notify), store.cache, notify, timed=timed)
+    return network, *factorise(network, store.cache, notify)
 
 
 def read_space(space: Space | str | Path, settings: Sequence[str] = ()) -> tuple[Space, Path | None]:
@@ -183,8 +191,7 @@ def inspect(
     store = Store(storage)
     space = located(space, base)
     with threads(_all_threads()):
-        network = read_network(space, store.cache, notify)
-        factors, failed = factorise(network, store.cache, notify)
+        network, factors, failed = _factorised(space, store, notify)
         setting = settle(network, factors, failed, store.cache, notify, build_map(space.resources))
         seed_choices(setting)
         return setting
@@ -217,9 +224,8 @@ def time_candidates(
     store = Store(storage)
     space = located(space, base)
     with threads(_all_threads()):
-        network = read_network(space, store.cache, notify)
-        factors, _ = factorise(network, store.cache, notify)
-        table, _ = price(space, network.selection, factors)
+        network, factors, _ = _factorised(space, store, notify, timed=True)
+        table, _ = price(network.space, network.selection, factors)
         found = latencies_of(network, table, store.cache, notify)
     rng = Random(space.seed)
     maps = [[rng.randrange(len(layer.candidates)) for layer in table.layers] for _ in range(networks)]

@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of, score
 from ranksearch.factors import cached, content_hash, store_cached
-from ranksearch.latency import LatencyTable, latencies, with_latencies
+from ranksearch.latency import LatencyTable, latencies, rank_multiple, with_latencies
 from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.mirror import fetch, offer
 from ranksearch.models import build_model, digits_weights, find_weights, load_weights
@@ -215,6 +215,39 @@ def statistics_of(network: Network, convs: Mapping[str, Conv], cache: Path, noti
     return found
 
 
+def with_rank_multiple(network: Network, cache: Path, notify: Notify = silent, *, timed: bool = False) -> Network:
+    """The network, with a space that says its rank multiple; measured where its latency counts and it was left open.
+
+    Args:
+        network: the dense network.
+        cache: folder of the cache.
+        notify: told what is being timed.
+        timed: measure it even where no objective or limit is the latency.
+
+    Raises:
+        LatencyError: latencies cannot be measured, or those brought along not be read.
+    """
+    space = network.space
+    if space.ranks.rank_multiple is not None:
+        return network
+    found, spec = 1, space.latencies or LatencySpec()
+    if spec.table is not None:
+        found = LatencyTable.load(Path(spec.table)).rank_multiple
+    elif timed or space.needs_latencies:
+        layers = [(network.selection.layers[n].conv, forms[0]) for n, forms in network.selection.searched.items()]
+        found = rank_multiple(
+            layers,
+            spec,
+            threads=space.resources.threads,
+            device=device_of(space),
+            versions=versions(),
+            cache=cache,
+            progress=notify,
+        )
+    ranks = space.ranks.model_copy(update={"rank_multiple": found})
+    return replace(network, space=space.model_copy(update={"ranks": ranks}))
+
+
 def factorise(network: Network, cache: Path, notify: Notify = silent) -> tuple[Factors, dict[str, str]]:
     """The prepared factors of every layer, and the layers that could not be decomposed with the reason."""
     statistics = statistics_of(network, network.selection.convs(), cache, notify)
@@ -302,6 +335,7 @@ def latencies_of(network: Network, table: PriceTable, cache: Path, notify: Notif
         space.latencies or LatencySpec(),
         threads=space.resources.threads,
         versions=versions(),
+        rank_multiple=space.ranks.multiple,
         cache=cache,
         progress=notify,
     )

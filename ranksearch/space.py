@@ -114,8 +114,14 @@ class RanksSpec(Section):
     """Candidate ranks as numbers, instead of ``ratios``; larger than a layer's largest rank means that one."""
     joint: bool = False
     """One ratio for all the ranks of a layer; else every combination that no other beats in both MACs and error."""
-    rank_multiple: Positive = 1
-    """Ranks are rounded up to a multiple of this (8 on many GPUs)."""
+    rank_multiple: Positive | None = None
+    """Ranks are rounded up to a multiple of this. By default 1; where an objective or a limit is the latency, or
+    latencies were brought along, the largest multiple that costs no time on the target, which is measured."""
+
+    @property
+    def multiple(self) -> int:
+        """The rank multiple, 1 as long as it is left open."""
+        return self.rank_multiple or 1
 
 
 class StabiliseSpec(Section):
@@ -379,6 +385,9 @@ class Space(Section):
     @property
     def latencies(self) -> LatencySpec | None:
         """How latencies are measured; None where nothing asks for them."""
-        if self.latency is None and ("latency" in self.objectives or self.budget.max_latency_ratio is not None):
-            return LatencySpec()
-        return self.latency
+        return LatencySpec() if self.latency is None and self.needs_latencies else self.latency
+
+    @property
+    def needs_latencies(self) -> bool:
+        """Whether an objective or a limit is the latency."""
+        return "latency" in self.objectives or self.budget.max_latency_ratio is not None

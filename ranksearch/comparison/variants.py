@@ -155,6 +155,8 @@ def check_same(study: Study, space: Space) -> None:
         StudyError: naming what differs.
     """
     there, here = (_flat(_comparable(one)) for one in (study.space, space))
+    if space.ranks.rank_multiple is None:  # settled when the study was made
+        here["ranks.rank_multiple"] = there["ranks.rank_multiple"]
     differing = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     if differing:
         shown = "; ".join(f"$.{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differing[:4])

@@ -28,7 +28,7 @@ def shares(spec: RanksSpec, wholes: Sequence[int], bounds: Sequence[int] | None 
 
 
 def _rank(spec: RanksSpec, ratio: float, whole: int, bound: int) -> int:
-    return rounded_up(ratio * whole, spec.rank_multiple, bound)
+    return rounded_up(ratio * whole, spec.multiple, bound)
 
 
 def rounded_up(rank: float, multiple: int, bound: int) -> int:

@@ -53,7 +53,7 @@ class TensorTrain:
         found = []
         for r1, r3 in shares(spec, (conv.in_channels, conv.out_channels)):
             top = _middle(r1, r3, *conv.kernel)
-            wanted = [rounded_up(m * max(r1, r3), spec.rank_multiple, top) for m in _MULTIPLES]
+            wanted = [rounded_up(m * max(r1, r3), spec.multiple, top) for m in _MULTIPLES]
             found += [(r1, r2, r3) for r2 in wanted]
         return distinct(found)
 

@@ -53,7 +53,7 @@ class TkdCp:
         found = []
         for r_in, r_out in shares(spec, (conv.in_channels, conv.out_channels)):
             top = min(largest, exact_rank((math.prod(conv.kernel), r_in, r_out)))
-            wanted = [rounded_up(m * max(r_in, r_out), spec.rank_multiple, top) for m in _MULTIPLES]
+            wanted = [rounded_up(m * max(r_in, r_out), spec.multiple, top) for m in _MULTIPLES]
             found += [(r_in, r_out, rank) for rank in wanted]
         return distinct(found)
 

@@ -74,6 +74,7 @@ def latencies(
     *,
     threads: int,
     versions: Mapping[str, str],
+    rank_multiple: int = 1,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> LatencyTable:
@@ -86,6 +87,7 @@ def latencies(
         spec: runtime and batch, or the file of a table that was measured before.
         threads: CPU threads, where ``spec`` names none.
         versions: of the packages; what latencies depend on is kept with the table.
+        rank_multiple: of the candidates' ranks, kept with the table.
         cache: folder where the table is kept for this device, these versions and candidates.
         progress: told what is timed, how much of it is done, and of how much.
 
@@ -96,12 +98,9 @@ def latencies(
     if spec.table is not None:
         return _brought(Path(spec.table), spec)
     device, threads = next(model.parameters()).device, spec.threads or threads
-    versions = {name: version for name, version in versions.items() if name in _DEPENDS_ON}
-    if spec.runtime == "onnxruntime":
-        with suppress(importlib.metadata.PackageNotFoundError):  # builds of other names; without any, timing tells
-            versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    versions = relevant(versions, spec)
     keys = list(dict.fromkeys(key for layer in _layers(table) for key in layer))
-    about = [device_name(device), spec.runtime, spec.batch_images, threads, sorted(versions.items()), list(input_shape)]
+    about = [*target(spec, threads, device, versions), list(input_shape), rank_multiple]
     file = None if cache is None else cache / "latencies" / f"{_digest(about, table)}.json"
     if file is not None and file.exists():
         try:
@@ -132,10 +131,25 @@ def latencies(
             for choices, saving, ms in zip(maps, savings, whole, strict=True)
         ),
         versions=dict(versions),
+        rank_multiple=rank_multiple,
     )
     if file is not None:
         found.save(file)
     return found
+
+
+def relevant(versions: Mapping[str, str], spec: LatencySpec) -> dict[str, str]:
+    """Those of the versions that latencies depend on."""
+    found = {name: version for name, version in versions.items() if name in _DEPENDS_ON}
+    if spec.runtime == "onnxruntime":
+        with suppress(importlib.metadata.PackageNotFoundError):  # builds of other names; without any, timing tells
+            found["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    return found
+
+
+def target(spec: LatencySpec, threads: int, device: torch.device, versions: Mapping[str, str]) -> list[Any]:
+    """What is timed on, in JSON types."""
+    return [device_name(device), spec.runtime, spec.batch_images, threads, [list(v) for v in sorted(versions.items())]]
 
 
 def checked(
@@ -251,7 +265,7 @@ def _alone(
     keys: Sequence[Key], spec: LatencySpec, threads: int, device: torch.device, progress: Progress | None
 ) -> dict[Key, float]:
     """Milliseconds of every candidate alone."""
-    runs = [_layer_runner(key, spec.runtime, spec.batch_images, threads, device) for key in keys]
+    runs = [layer_runner(key, spec.runtime, spec.batch_images, threads, device) for key in keys]
 
     def told(done: int, total: int) -> None:
         if progress is not None:
@@ -260,7 +274,8 @@ def _alone(
     return dict(zip(keys, timed(runs, told), strict=True))
 
 
-def _layer_runner(key: Key, runtime: Runtime, batch: int, threads: int, device: torch.device) -> Callable[[], Any]:
+def layer_runner(key: Key, runtime: Runtime, batch: int, threads: int, device: torch.device) -> Callable[[], Any]:
+    """Runs one layer in one format alone, with random weights."""
     conv, form, ranks = key
     # A bias always: batch norms are folded.
     stages = [replace(conv, bias=True)] if form == "dense" else compressed_stages(FORMATS[form], conv, ranks)

@@ -12,7 +12,7 @@ from typing import Any, Self
 from ranksearch.conv import Conv
 from ranksearch.errors import LatencyError
 
-_VERSION = 1
+_VERSION = 2
 
 Key = tuple[Conv, str, tuple[int, ...]]
 """Geometry of the dense layer, format and ranks."""
@@ -36,12 +36,15 @@ class LatencyTable:
     checks: tuple[tuple[float, float, float], ...]
     """Of the networks that were built: share of the MACs, predicted and measured milliseconds. The first is dense."""
     versions: Mapping[str, str]
+    rank_multiple: int = 1
+    """That of the ranks that were timed."""
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; ``from_json`` reads it back."""
         rows = [[conv.to_json(), form, list(ranks), ms] for (conv, form, ranks), ms in self.layers_ms.items()]
         plain = {
-            name: getattr(self, name) for name in ("runtime", "batch_images", "threads", "device", "dense_ms", "scale")
+            name: getattr(self, name)
+            for name in ("runtime", "batch_images", "threads", "device", "rank_multiple", "dense_ms", "scale")
         }
         return {
             "latency_table": _VERSION,
@@ -72,6 +75,7 @@ class LatencyTable:
             layers_ms=rows,
             checks=tuple((float(a), float(b), float(c)) for a, b, c in data["checks"]),
             versions={str(k): str(v) for k, v in data["versions"].items()},
+            rank_multiple=int(data["rank_multiple"]),
         )
 
     def save(self, path: Path) -> None:

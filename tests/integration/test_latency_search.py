@@ -48,6 +48,7 @@ def test_a_search_by_latency(
     measured |= {"device": "a board", "dense_ms": 10 * sum(dense.values()), "scale": 1.0}
     Path("board.json").write_text(json.dumps(measured))
     board = LatencyTable.load(Path("board.json"))
+    assert {measured["rank_multiple"]} <= {1, 2, 4, 8, 16, 32}
 
     settings = ["objectives=[accuracy,latency]", "latency.table=board.json", "budget.trials=8"]
     run("search", "fast.yaml", "--study", "fast", *[part for s in settings for part in ("--set", s)])
@@ -55,6 +56,7 @@ def test_a_search_by_latency(
     timing = study.setting.table.timing
     assert timing is not None
     assert (timing.device, timing.dense_ms) == ("a board", board.dense_ms)
+    assert study.space.ranks.rank_multiple == board.rank_multiple
     front = study.front()
     assert front["latency_ms"].notna().all()
     assert (front.sort_values("latency_ms")["accuracy_search"].diff().dropna() > 0).all(), "slower only where better"

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from ranksearch.config import load_space
+from ranksearch.conv import Conv
 from ranksearch.errors import LatencyError, SpaceError
-from ranksearch.latency import RUNTIMES, LatencyTable, checked, latencies, runner, with_latencies
+from ranksearch.latency import RUNTIMES, LatencyTable, checked, latencies, rank_multiple, runner, with_latencies
 from ranksearch.latency.measured import timed
+from ranksearch.latency.multiple import MULTIPLES, largest_free
 from ranksearch.space import LatencySpec, StrategySpec
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.strategies.hull import layer_costs, layer_losses
@@ -219,3 +221,45 @@ def test_what_asks_for_latencies(tmp_path: Path) -> None:
     assert load_space(space, ["latency.runtime=onnxruntime"]).latencies == LatencySpec(runtime="onnxruntime")
     with pytest.raises(SpaceError, match="no latency was measured for"):
         load_space(space, ["objectives=[accuracy,latency]", "strategy.name=funnel"])
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32])
+def test_the_rank_multiple_is_the_block_that_a_device_works_in(block: int) -> None:
+    """On a device whose kernels take as long for any part of a block as for the whole."""
+    ranks = (9, 21, 35, 43, 59, 61, 87, 101)
+    times = {q: [math.ceil(math.ceil(r / q) * q / block) * 1.5 for r in ranks] for q in MULTIPLES}
+    assert largest_free(times) == block
+
+
+def test_the_rank_multiple_is_that_of_odd_ranks_that_are_slow() -> None:
+    ranks = (9, 21, 35, 43)
+    rounded = {q: [math.ceil(r / q) * q for r in ranks] for q in MULTIPLES}
+    times = {q: [r * (1.0 if r % 4 == 0 else 1.6) for r in found] for q, found in rounded.items()}
+    assert largest_free(times) in (8, 16)
+    assert times[1] == [1.6 * r for r in ranks]
+
+
+def square(channels: int, size: int = 8) -> Conv:
+    return Conv(
+        in_channels=channels, out_channels=channels, kernel=(3, 3), padding=(1, 1), bias=True, size=(size, size)
+    )
+
+
+def test_a_measured_rank_multiple_is_kept_and_leaves_ranks_to_choose_from(tmp_path: Path) -> None:
+    spec, told = LatencySpec(), []
+    arguments: dict[str, Any] = {"threads": 1, "device": torch.device("cpu"), "versions": {"torch": "2"}}
+
+    def measured(*channels: int) -> int:
+        return rank_multiple(
+            [(square(c), "tucker2") for c in channels], spec, cache=tmp_path,
+            progress=lambda what, done, total: told.append(what), **arguments,
+        )  # fmt: skip
+
+    found = measured(64, 64)
+    assert found in MULTIPLES
+    assert found <= 16, "four of them in 64 channels"
+    assert set(told) == {"timing rank multiples"}
+    told.clear()
+    assert measured(64, 64) == found
+    assert not told, "measured once"
+    assert measured(3) == 1, "too few channels to choose from"
