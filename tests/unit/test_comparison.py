@@ -249,3 +249,12 @@ def test_a_study_goes_on_under_its_own_space_only(tmp_path: Path) -> None:
     other = SPACE.model_copy(update={"strategy": strategy, "formats": ["svd"]})
     with pytest.raises(StudyError, match=r"formats: .*options\.population_size: 4 there, 6 here.*--study"):
         check_same(study, other)
+
+
+def test_a_study_goes_on_with_the_rank_multiple_that_was_measured_for_it(tmp_path: Path) -> None:
+    measured = SPACE.model_copy(update={"ranks": SPACE.ranks.model_copy(update={"rank_multiple": 8})})
+    study = Store(tmp_path).create("one", setting_of(measured))
+    check_same(study, SPACE)
+    four = SPACE.model_copy(update={"ranks": SPACE.ranks.model_copy(update={"rank_multiple": 4})})
+    with pytest.raises(StudyError, match=r"ranks\.rank_multiple: 8 there, 4 here"):
+        check_same(study, four)
