@@ -39,7 +39,8 @@ from ranksearch.config import load_space
 from ranksearch.data import to_input
 from ranksearch.decompositions import FORMATS, compressed_stages
 from ranksearch.evaluation import score
-from ranksearch.preparation import Network, located, read_network, silent, statistics_of, versions
+from ranksearch.location import located
+from ranksearch.preparation import Network, read_network, silent, statistics_of, versions
 from ranksearch.rankmap import LayerRanks, RankMap
 from ranksearch.surgery import apply_rank_map, count_macs, skeleton
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ranksearch import load_space
 from ranksearch.evaluation import Evaluator, reproducible, score
-from ranksearch.preparation import factorise, located, make_bench, read_network, settle, silent, versions
+from ranksearch.location import located
+from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.storage import Store
 from ranksearch.strategies.knapsack import Knapsack
 

@@ -43,7 +43,8 @@ from ranksearch.conv import Conv
 from ranksearch.data import to_input
 from ranksearch.decompositions import FORMATS, Statistics, compressed_stages, prepare
 from ranksearch.engine.pool import over_processes
-from ranksearch.preparation import Network, located, read_network, versions
+from ranksearch.location import located
+from ranksearch.preparation import Network, read_network, versions
 from ranksearch.prices import Map, Price, measure
 from ranksearch.pricing import Factors
 from ranksearch.surgery import build_layer, channels_last, kernel_of, replaced

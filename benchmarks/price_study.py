@@ -33,7 +33,8 @@ from scipy.stats import spearmanr
 from ranksearch import load_space
 from ranksearch.data import to_input
 from ranksearch.evaluation import Bench, Evaluator, threads
-from ranksearch.preparation import factorise, located, make_bench, read_network, settle, silent, versions
+from ranksearch.location import located
+from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.prices import PRICES, measure
 from ranksearch.storage import Store
 from ranksearch.strategies.hull import layer_costs, layer_losses

@@ -26,7 +26,8 @@ from typing import Any
 
 from ranksearch import load_space
 from ranksearch.evaluation import Bench, Evaluator, threads
-from ranksearch.preparation import factorise, located, make_bench, read_network, settle, silent, versions
+from ranksearch.location import located
+from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.storage import Store
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.trial import Task

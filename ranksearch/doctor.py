@@ -26,7 +26,8 @@ from packaging.requirements import Requirement
 from ranksearch.errors import RanksearchError
 from ranksearch.jobs import JobServer, token
 from ranksearch.launch import read_space
-from ranksearch.preparation import Notify, located, silent
+from ranksearch.location import located
+from ranksearch.preparation import Notify, silent
 from ranksearch.secrecy import redacted
 from ranksearch.space import ResourcesSpec, Space, TrackingSpec
 from ranksearch.storage import Store

@@ -19,12 +19,12 @@ from ranksearch.errors import Problem, SpaceError, StudyError, TakenOver
 from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
 from ranksearch.latency import LatencyTable, checked
+from ranksearch.location import located
 from ranksearch.preparation import (
     Network,
     Notify,
     factorise,
     latencies_of,
-    located,
     make_bench,
     read_network,
     settle,

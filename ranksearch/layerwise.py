@@ -36,8 +36,9 @@ from ranksearch.decompositions import (
 )
 from ranksearch.decompositions.format import square_roots
 from ranksearch.errors import ModelError, RankError, SpaceError, UnsupportedLayer
+from ranksearch.location import located
 from ranksearch.models import build_model, find_weights, input_shape_of
-from ranksearch.preparation import Notify, located, read_network, silent, statistics_of
+from ranksearch.preparation import Notify, read_network, silent, statistics_of
 from ranksearch.pricing import unknown_formats
 from ranksearch.space import ModelSpec, RanksSpec, Space, StabiliseSpec
 from ranksearch.storage import Store

@@ -23,17 +23,17 @@ from ranksearch.conv import Conv
 from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
-from ranksearch.evaluation import Bench, device_of, score
+from ranksearch.evaluation import Bench, Score, device_of, score
 from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.latency import LatencyTable, latencies, rank_multiple, with_latencies
 from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.mirror import fetch, offer
-from ranksearch.models import build_model, digits_weights, find_weights, load_weights
+from ranksearch.models import build_model, digits_weights, load_weights
 from ranksearch.prices import Map, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.setting import Setting
-from ranksearch.space import DataSpec, LatencySpec, Space
+from ranksearch.space import LatencySpec, Space
 from ranksearch.spectra import with_spectra
 from ranksearch.strategies import READ_SPECTRA, prices_read, runs_funnels
 from ranksearch.surgery import channels_last, count_macs, count_params
@@ -56,59 +56,6 @@ _PARALLEL_MACS = 1e11
 
 def silent(what: str, done: int, total: int) -> None:
     """Tell nobody."""
-
-
-def located(space: Space, base: Path | None = None) -> Space:
-    """The space with its paths made absolute, so that the study can be continued from any folder.
-
-    Relative rank maps are looked for in the working directory, then in ``base`` (the space file's folder), the data as
-    :func:`located_data` does; weights in ``data.root`` first, then in ``base``, then in the working directory.
-
-    Raises:
-        ModelError: weights that cannot be found, or that are needed and not given.
-    """
-    data = located_data(space.data, base)
-    weights = space.model.weights
-    if weights is not None:
-        given = [Path(data.root)] if space.data.root and data.root else []
-        weights = str(find_weights(weights, [*given, *reversed(_folders(base))]).resolve())
-    elif ":" not in space.model.name and space.model.name != "digits-cnn":
-        raise ModelError(
-            f"$.model.weights must name the pretrained weights of {space.model.name}, found none. "
-            "Give a safetensors file or a state dict, e.g. --set model.weights=resnet20.safetensors."
-        )
-    maps = [_absolute(path, base) for path in space.strategy.seed_maps]
-    latency = space.latency
-    if latency is not None and latency.table is not None:
-        latency = latency.model_copy(update={"table": _absolute(latency.table, base)})
-    return space.model_copy(
-        update={
-            "data": data,
-            "model": space.model.model_copy(update={"weights": weights}),
-            "strategy": space.strategy.model_copy(update={"seed_maps": maps}),
-            "latency": latency,
-        }
-    )
-
-
-def located_data(spec: DataSpec, base: Path | None = None) -> DataSpec:
-    """The data with an absolute root: of the working directory and ``base``, the first that has the training files."""
-    files = {"npz": spec.train, "folder": spec.train or ["train"]}.get(spec.source)
-    if files is None and spec.root is None:
-        return spec
-    root = _absolute(spec.root or ".", base, holding=(files or ["."])[0])
-    return spec.model_copy(update={"root": root})
-
-
-def _folders(base: Path | None) -> list[Path]:
-    return [Path.cwd(), *([base] if base else [])]
-
-
-def _absolute(path: str, base: Path | None, holding: str = ".") -> str:
-    """``path`` under the first folder where ``holding`` is in it, else where it exists, else the working directory."""
-    places = [folder / os.path.expanduser(path) for folder in _folders(base)]
-    found = [p for p in places if (p / holding).exists()] or [p for p in places if p.exists()] or places
-    return str(found[0].resolve())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -298,9 +245,7 @@ def settle(
         latencies = latencies_of(network, table, cache, notify)
         table = with_latencies(table, latencies, faster="latency" in space.objectives)
     notify("scoring the dense network", 0, 1)
-    device, batch = device_of(space), space.evaluation.batch_images
-    search = score(network.model, network.data.search, network.data, batch_images=batch, device=device)
-    report = score(network.model, network.data.report, network.data, batch_images=batch, device=device)
+    search, report = _dense_scores(network, cache)
     return Setting(
         space=space,
         table=table,
@@ -319,6 +264,25 @@ def settle(
         dtype=_fine_tuning_dtype(network),
         versions=versions(),
     )
+
+
+@torch.no_grad()
+def _dense_scores(network: Network, cache: Path) -> tuple[Score, Score]:
+    """Of the dense network on the search and on the report images, from the cache where they are there."""
+    data, device, batch = network.data, device_of(network.space), network.space.evaluation.batch_images
+    # Equal weights may stand in another forward pass, and other devices round otherwise: outputs tell.
+    outputs = network.model(to_input(data.search.images[:batch], data, device))
+    about = (network.record.weights_sha256, data.digest, data.mean, data.std, batch, torch.get_num_threads(), device)
+    path = cache / "scores" / f"{content_hash([outputs], ' '.join(map(str, about)))}.safetensors"
+    splits = (data.search, data.report)
+    known = cached(path)
+    if known is None:
+        found = [score(network.model, split, data, batch_images=batch, device=device) for split in splits]
+        known = {f: torch.tensor([getattr(s, f) for s in found], dtype=torch.float64) for f in ("accuracy", "loss")}
+        store_cached(known, path)
+    pairs = zip(known["accuracy"].tolist(), known["loss"].tolist(), splits, strict=True)
+    search, report = (Score(accuracy=a, loss=loss, images=len(split.labels)) for a, loss, split in pairs)
+    return search, report
 
 
 def latencies_of(network: Network, table: PriceTable, cache: Path, notify: Notify = silent) -> LatencyTable:

@@ -14,8 +14,9 @@ from ranksearch.config import load_space
 from ranksearch.data import Data, load_data
 from ranksearch.errors import DataError, ModelError, RankMapError
 from ranksearch.export import load_compressed, read_compressed
+from ranksearch.location import located_data
 from ranksearch.models import build_model, digits_weights
-from ranksearch.preparation import Notify, check_classes, located_data, weights_hash
+from ranksearch.preparation import Notify, check_classes, weights_hash
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.space import DataSpec, ModelSpec
 from ranksearch.surgery import apply_rank_map

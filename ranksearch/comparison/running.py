@@ -17,7 +17,8 @@ from ranksearch.engine.resources import check
 from ranksearch.errors import PriceError, Problem, RankMapError, SpaceError, TrackingError
 from ranksearch.export import rank_map_of
 from ranksearch.launch import ended, read_space, resume, search
-from ranksearch.preparation import Notify, located, silent
+from ranksearch.location import located
+from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import RankMap
 from ranksearch.space import Space
 from ranksearch.storage import Store

@@ -27,7 +27,7 @@ from ranksearch.errors import DataError, EngineError, RanksearchError, SpaceErro
 from ranksearch.evaluation import Evaluator
 from ranksearch.export import choose, load_compressed, rank_map_of, read_compressed
 from ranksearch.handover import compare, export_trial
-from ranksearch.launch import bench_of, open_study, resume, search
+from ranksearch.launch import bench_of, inspect, open_study, resume, search
 from ranksearch.models import build_model, digits_weights
 from ranksearch.space import DataSpec, ModelSpec
 from ranksearch.storage import Store
@@ -155,6 +155,26 @@ def test_accuracies_are_those_of_the_stored_weights(folder: Path) -> None:
         assert outcome.report_images == 300
     kept = {path.name for path in study.weights_folder.iterdir()}
     assert kept == {t.outcome.weights for t in front if t.outcome}
+
+
+def test_the_dense_network_is_scored_once_for_the_same_images(folder: Path) -> None:
+    def dense(*settings: str) -> dict[str, float]:
+        return dict(inspect(QUICKSTART, settings=[*SMALL, UNTRACKED, *settings], storage=folder).dense)
+
+    def kept() -> list[Path]:
+        return sorted((folder / "cache" / "scores").iterdir())
+
+    first = dense()
+    (entry,) = kept()
+    written = entry.stat().st_mtime_ns
+    assert dense("budget.trials=9") == first
+    assert entry.stat().st_mtime_ns == written
+    entry.write_bytes(entry.read_bytes()[:-4])
+    assert dense() == first, "a broken entry is measured again"
+    assert entry.stat().st_mtime_ns > written
+    darker = dense("data.mean=[0.6]")
+    assert darker["loss"] != first["loss"]
+    assert len(kept()) == 2
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ranksearch.data import load_data
 from ranksearch.errors import DataError, ModelError
-from ranksearch.preparation import check_classes, located, located_data, read_network
+from ranksearch.location import located, located_data
+from ranksearch.preparation import check_classes, read_network
 from ranksearch.space import DataSpec, Space
 
 FACTORIES = """
