@@ -209,7 +209,7 @@ def main() -> None:
                 batch_images=BATCH,
                 map=ours,
                 cache=cache,
-            )
+            ).prices
             wall = time.perf_counter() - started
             started = time.perf_counter()
             measure(dense, table, factors, images, labels, kind="activation-aware", batch_images=BATCH, cache=cache)

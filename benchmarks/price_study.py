@@ -101,7 +101,7 @@ def prepared(storage: Path) -> tuple[Bench, Prices]:
         torch.as_tensor(data.train.labels[:IMAGES]).long(),
         kind="activation-aware",
         cache=store.cache,
-    )
+    ).prices
     prices = {price: [[row[price] for row in found[layer.name]] for layer in table.layers] for price in PRICES}
     bench = make_bench(network, factors, setting, Path(tempfile.mkdtemp(dir=storage)), store.cache, silent)
     return bench, {PREDICTED: layer_losses(table, PREDICTED), **prices}

@@ -29,7 +29,7 @@ from ranksearch.latency import LatencyTable, latencies, rank_multiple, with_late
 from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.mirror import fetch, offer
 from ranksearch.models import build_model, digits_weights, load_weights
-from ranksearch.prices import Map, measure, with_prices
+from ranksearch.prices import Map, Measured, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.setting import Setting
@@ -239,8 +239,10 @@ def settle(
         _check_gateable(space, table)
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
+    priced_seconds = 0.0
     if prices := prices_read(space.strategy) - {PREDICTED}:
-        table = _measured(network, table, factors, prices, cache, notify, map)
+        measured = _measured(network, table, factors, prices, cache, notify, map)
+        table, priced_seconds = with_prices(table, measured.prices), measured.seconds
     if space.latencies is not None:
         latencies = latencies_of(network, table, cache, notify)
         table = with_latencies(table, latencies, faster="latency" in space.objectives)
@@ -263,6 +265,7 @@ def settle(
         classes=network.data.classes,
         dtype=_fine_tuning_dtype(network),
         versions=versions(),
+        priced_seconds=priced_seconds,
     )
 
 
@@ -327,15 +330,15 @@ def _measured(
     cache: Path,
     notify: Notify,
     map: Map,
-) -> PriceTable:
-    """The table with these prices, measured on the first calibration images."""
+) -> Measured:
+    """These prices, measured on the first calibration images."""
     space, data, device = network.space, network.data, device_of(network.space)
     count = space.strategy.price_images
     images = data.calibration[:count]
     # What is measured on the layer's own output runs nothing downstream of it.
     onward = table.dense_macs if ONWARD & set(prices) else 0
     macs = sum(c.macs + onward for layer in table.layers for c in layer.candidates) * len(images)
-    found = measure(
+    return measure(
         network.model,
         table,
         factors,
@@ -350,7 +353,6 @@ def _measured(
         map=map if macs >= _PARALLEL_MACS else builtins.map,
         progress=lambda done, total: notify("measuring prices", done, total),
     )
-    return with_prices(table, found)
 
 
 def _fine_tuning_dtype(network: Network) -> str:

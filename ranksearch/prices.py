@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import builtins
 import math
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,11 +44,21 @@ from ranksearch.space import StabiliseSpec
 from ranksearch.surgery import evaluating
 from ranksearch.table import LayerPrices, PriceTable
 
-__all__ = ["PRICES", "Map", "Price", "measure", "with_prices"]
+__all__ = ["PRICES", "Map", "Measured", "Price", "measure", "with_prices"]
 
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 """Like the builtin ``map``: results in the order of the items."""
-_CACHE_VERSION = "2"
+_CACHE_VERSION = "3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Prices, and what they took."""
+
+    prices: Mapping[str, Sequence[Mapping[str, float]]]
+    """By layer, of every candidate in the order of the table; zero for the dense one."""
+    seconds: float
+    """Wall time of the measurement, of prices from the cache when they were measured."""
 
 
 def measure(
@@ -67,8 +78,8 @@ def measure(
     cache: Path | None = None,
     map: Map = builtins.map,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, list[dict[str, float]]]:
-    """Prices of every candidate of every searched layer, in the order of the table; zero for the dense candidate.
+) -> Measured:
+    """Prices of every candidate of every searched layer.
 
     The work is split by images, not by layers: the dense pass is shared by all layers, and no batch is much longer than
     another. The numbers do not depend on ``map``.
@@ -104,8 +115,9 @@ def measure(
         about = _about(dense, images, labels, f"{chosen} {kind} {dtype} {batch_images} {threads} {seed} {stabiliser}")
         keys = {x.name: cache / "prices" / f"{_key(x, factors, kind, about)}.safetensors" for x in table.layers}
         fetched = {path for path in keys.values() if not path.exists() and fetch(path, cache)}
-    found = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
-    missing = [layer for layer in table.layers if found[layer.name] is None]
+    known = {x.name: _read(keys.get(x.name), len(x.candidates), len(chosen)) for x in table.layers}
+    found = {name: entry for name, entry in known.items() if entry is not None}
+    missing = [layer for layer in table.layers if layer.name not in found]
     if missing:
         work = Measurement(
             dense=dense,
@@ -121,15 +133,19 @@ def measure(
             stabiliser=stabiliser,
             cache=cache,
         )
-        for layer, values in _measured(work, map, progress).items():
-            found[layer] = values
+        started = time.perf_counter()
+        measured = _measured(work, map, progress)
+        seconds = torch.tensor((time.perf_counter() - started) / len(missing), dtype=torch.float64)
+        for layer, values in measured.items():
+            found[layer] = {"prices": values, "seconds": seconds}
             if layer in keys:
-                store_cached({"prices": values}, keys[layer])
+                store_cached(found[layer], keys[layer])
                 offer(keys[layer], cast(Path, cache), anew=keys[layer] in fetched)
-    return {
-        name: [dict(zip(chosen, row, strict=True)) for row in cast(Tensor, values).tolist()]
-        for name, values in found.items()
-    }
+    rows = {x.name: found[x.name]["prices"].tolist() for x in table.layers}
+    return Measured(
+        prices={name: [dict(zip(chosen, row, strict=True)) for row in own] for name, own in rows.items()},
+        seconds=sum(float(entry["seconds"]) for entry in found.values()),
+    )
 
 
 def with_prices(table: PriceTable, found: Mapping[str, Sequence[Mapping[str, float]]]) -> PriceTable:
@@ -218,12 +234,13 @@ def _key(layer: LayerPrices, factors: Factors, kind: Kind, about: str) -> str:
     return content_hash(values, f"{about} {names} {layer}")
 
 
-def _read(path: Path | None, candidates: int, prices: int) -> Tensor | None:
-    """Prices ``(candidates, prices)`` from the cache, or None; an unreadable entry is removed."""
+def _read(path: Path | None, candidates: int, prices: int) -> dict[str, Tensor] | None:
+    """``prices`` ``(candidates, prices)`` and their ``seconds`` from the cache; an unreadable entry is removed."""
     if path is None or not path.exists():
         return None
-    values = (cached(path) or {}).get("prices")
-    if values is not None and values.shape == (candidates, prices) and values.dtype == torch.float64:
-        return values
+    entry = cached(path) or {}
+    shapes = {name: (values.shape, values.dtype) for name, values in entry.items()}
+    if shapes == {"prices": ((candidates, prices), torch.float64), "seconds": ((), torch.float64)}:
+        return entry
     path.unlink(missing_ok=True)
     return None

@@ -30,6 +30,8 @@ class Setting:
     dtype: str
     """Arithmetic of fine-tuning."""
     versions: Mapping[str, str]
+    priced_seconds: float = 0.0
+    """Wall time in which the prices that the strategy reads were measured, once, for the cache maybe."""
 
     def comparable(self, other: Setting) -> bool:
         """Whether the two searched the same network on the same data, so that their accuracies can be compared."""
@@ -52,6 +54,7 @@ class Setting:
             "data_digest": self.data_digest,
             "dtype": self.dtype,
             "versions": dict(self.versions),
+            "priced_seconds": self.priced_seconds,
         }
 
     @classmethod
@@ -62,4 +65,5 @@ class Setting:
             table=PriceTable.from_json(data["table"]),
             model=ModelRecord.model_validate(data["model"]),
             **{key: data[key] for key in ("dense", "left_dense", "classes", "data_digest", "dtype", "versions")},
+            priced_seconds=data.get("priced_seconds", 0.0),
         )

@@ -33,7 +33,8 @@ class Point:
     trials: int
     """Proposals that had ended, failed ones too."""
     seconds: float
-    """Wall time until then in which at least one trial ran: what an interruption took does not count."""
+    """Wall time until then: of measuring the prices that the strategy reads, and in which at least one trial ran. What
+    an interruption took does not count."""
     hypervolume: float
     """Share of the objectives' box that was dominated then; see :meth:`ranksearch.study.Study.hypervolume`."""
 
@@ -69,7 +70,7 @@ class Run:
     seconds: float
     """Sum over the scored trials."""
     wall_seconds: float
-    """Time in which at least one trial ran."""
+    """Of the last point of the curve."""
     dense_accuracy: float
     curve: tuple[Point, ...]
     cells: tuple[Cell, ...]
@@ -238,7 +239,7 @@ def _curve(study: Study, ended: Sequence[Trial]) -> tuple[Point, ...]:
     for trial in ordered:
         before = points[-1].hypervolume if points else 0.0
         value = study.hypervolume(list(front)) if front.take(trial) else before
-        seconds = busy.until(trial.end_ms) / 1000
+        seconds = study.setting.priced_seconds + busy.until(trial.end_ms) / 1000
         points.append(Point(trials=len(points) + 1, seconds=seconds, hypervolume=value))
     return tuple(points)
 

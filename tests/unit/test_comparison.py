@@ -98,6 +98,8 @@ def test_time_counts_while_a_trial_runs(study: Study, monkeypatch: pytest.Monkey
     run = run_of("random", 0, study, (0.7,), {})
     assert [point.seconds for point in run.curve] == [4, 6, 9, 9]
     assert run.wall_seconds == 9
+    monkeypatch.setattr(study, "setting", replace(study.setting, priced_seconds=20.0))
+    assert [point.seconds for point in run_of("random", 0, study, (0.7,), {}).curve] == [24, 26, 29, 29], "prices too"
 
 
 def test_a_retried_proposal_counts_once(tmp_path: Path) -> None:

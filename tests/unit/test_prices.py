@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 from scipy.stats import entropy
 from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from ranksearch.decompositions import FORMATS, Kind, chain
 from ranksearch.downstream import Traced, Whole, opened
 from ranksearch.engine.pool import over_processes
 from ranksearch.errors import DataError, ModelError
+from ranksearch.factors import cached
 from ranksearch.models.cifar_resnet import CifarResNet
 from ranksearch.models.digits_cnn import digits_cnn
 from ranksearch.prices import PRICES, measure
@@ -87,7 +90,8 @@ class Priced:
 
     def measured(self, **options: Any) -> dict[str, list[dict[str, float]]]:
         options = {"batch_images": 5, **options}
-        return measure(self.net, self.table, self.factors, self.images, self.labels, kind=self.kind, **options)
+        found = measure(self.net, self.table, self.factors, self.images, self.labels, kind=self.kind, **options)
+        return {name: [dict(row) for row in rows] for name, rows in found.prices.items()}
 
 
 def randomised(net: nn.Module) -> nn.Module:
@@ -269,7 +273,7 @@ def test_prices_may_be_chosen_and_need_labels_only_where_they_say_so(tmp_path: P
     for name, rows in some.items():
         assert rows == [{key: row[key] for key in ("weight", "output")} for row in everything[name]]
     unlabelled = measure(net, case.table, case.factors, images.numpy(), kind=case.kind, batch_images=5)
-    for name, rows in unlabelled.items():
+    for name, rows in unlabelled.prices.items():
         keys = [key for key in PRICES if key not in ("loss", "drop")]
         assert rows == [{key: row[key] for key in keys} for row in everything[name]]
     with pytest.raises(DataError, match=r"loss and drop need labels.*Give labels"):
@@ -355,7 +359,9 @@ def test_a_damaged_entry_of_the_shared_cache_is_replaced(tmp_path: Path, monkeyp
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:20])
     assert case.measured(cache=tmp_path / "two") == first
-    assert damaged.read_bytes() == whole
+    anew = cached(damaged)
+    assert anew is not None
+    assert torch.equal(anew["prices"], load(whole)["prices"])
 
 
 def test_the_cache_spares_all_work_and_survives_damage(tmp_path: Path) -> None:
@@ -383,6 +389,20 @@ def test_the_cache_spares_all_work_and_survives_damage(tmp_path: Path) -> None:
     relabelled = replace(case, labels=case.labels.roll(1))
     assert relabelled.measured(cache=tmp_path, map=counted)["head"] != first["head"]
     assert len(units) == 2 * (len(case.table.layers) + 5)
+
+
+def test_prices_from_the_cache_took_what_they_took_when_they_were_measured(tmp_path: Path) -> None:
+    net, images = network("small")
+    case = priced(net, images, tmp_path)
+
+    def slowly(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        time.sleep(0.5)
+        return [work(item) for item in items]
+
+    first = measure(net, case.table, case.factors, images, kind=case.kind, cache=tmp_path, map=slowly)
+    again = measure(net, case.table, case.factors, images, kind=case.kind, cache=tmp_path)
+    assert first.seconds >= 0.5
+    assert again == first
 
 
 def test_bfloat16_prices_are_close_to_those_of_float32(tmp_path: Path) -> None:
