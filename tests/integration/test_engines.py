@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,45 @@ def test_a_killed_worker_costs_only_what_it_was_doing(
     seeds = [source.tasks[number].seed for number, r in source.results.items() if isinstance(r, Outcome)]
     assert sorted(seeds) == list(range(40)), "every lost task was tried again, with its seed"
     assert factory.calls <= 3, "one new worker for the one that died"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadly(Factory):
+    """Task 4 kills its worker twice; the first task holds one of two workers until all others are done."""
+
+    def _evaluate(self, task: Task) -> Outcome:
+        while task.seed == 0 and not (self.folder / "released").exists():
+            time.sleep(0.05)
+        if task.seed == 4 and len(kills := list(self.folder.glob("kill-*"))) < 2:
+            (self.folder / f"kill-{len(kills)}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._evaluate(task)
+
+
+class Holding(Batches):
+    """Lets the first task end when all others are done."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        super().__init__(count, count)
+        self._folder = folder
+
+    def done(self, task: Task, result: Outcome | Failure) -> None:
+        super().done(task, result)
+        if len(self._running) == 1 and not self._ready:
+            (self._folder / "released").touch()
+
+
+@pytest.mark.slow
+def test_what_was_lost_with_a_worker_is_not_lost_with_the_next(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Four tasks are lost in one chunk, and many others are sent before they are tried again."""
+    source = Holding(40, tmp_path)
+    engine("ray", request).run(Deadly(folder=tmp_path), source)
+    results = source.results.items()
+    lost = Counter(source.tasks[number].seed for number, result in results if isinstance(result, Failure))
+    assert lost.pop(4) == 2
+    assert set(lost.values()) <= {1}, "only the one that kills is lost twice"
+    seeds = [source.tasks[number].seed for number, result in results if isinstance(result, Outcome)]
+    assert sorted(seeds) == list(range(40))
 
 
 def test_two_workers_work_at_the_same_time(tmp_path: Path, request: pytest.FixtureRequest) -> None:
