@@ -16,6 +16,11 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes is the machine's business.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 # A shell starts background jobs deaf to Ctrl-C, and the processes that tests start would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -406,7 +406,7 @@ def test_inputs_are_normalised_channels_last(folder: Path) -> None:
 
 
 @given(count=st.integers(1, 9), size=st.tuples(st.integers(1, 7), st.integers(1, 7)), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_augmented_images_are_shifted_or_mirrored_originals(count: int, size: tuple[int, int], seed: int) -> None:
     images = torch.rand(count, 2, *size, generator=torch.Generator().manual_seed(seed)) + 1
     before = images.clone()
