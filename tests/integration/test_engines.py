@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from ranksearch.errors import EngineError, StudyError
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import DONE, WAIT, Failure, Outcome, Signal, Task
 from tests.conftest import REPOSITORY
+from tests.services import NODE, ray_cluster, ray_node, started
 from tests.tables import price_table, table_outcome
 from tests.unit.test_prices import network, priced
 
@@ -112,43 +112,6 @@ class Batches:
 def _task(rng: np.random.Generator, number: int) -> Task:
     choices = tuple(int(rng.integers(len(layer.candidates))) for layer in TABLE.layers)
     return Task(number=number, choices=choices, seed=number)
-
-
-@contextlib.contextmanager
-def started(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python process beside the test, until the block is left."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        start_new_session=True,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=90)
-
-
-NODE = ("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextlib.contextmanager
-def ray_cluster(cpus: int) -> Iterator[str]:
-    """Address of a Ray cluster of one machine."""
-    port = free_port()
-    with started(*NODE, "--head", f"--port={port}", f"--num-cpus={cpus}", "--include-dashboard=false"):
-        yield f"127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -329,12 +292,13 @@ def test_more_workers_than_fit(tmp_path: Path, cluster: str) -> None:
 @pytest.mark.slow
 def test_a_trial_is_not_split_over_machines(tmp_path: Path) -> None:
     """Two machines of three CPUs have room for two trials of two CPUs, though six CPUs would be enough for three."""
-    with ray_cluster(3) as address, started(*NODE, f"--address={address}", "--num-cpus=3"):
+    with ray_cluster(3) as address, ray_node(*NODE, f"--address={address}", "--num-cpus=3"):
         spec = ResourcesSpec(engine="ray", workers=3, cpus_per_trial=2, address=address)
-        for _ in range(20):
+        deadline = time.monotonic() + 120
+        while True:
             with pytest.raises(EngineError) as caught:
                 build_engine(spec).run(Factory(folder=tmp_path), Batches(8, 4))
-            if "2 x 3 CPUs" in str(caught.value):
+            if "2 x 3 CPUs" in str(caught.value) or time.monotonic() > deadline:
                 break
         assert "2 x 3 CPUs and 0 GPUs: 2 fit at once" in str(caught.value)
         source = Batches(8, 4)

@@ -21,7 +21,7 @@ from ranksearch.engine import attempt, overdue
 from ranksearch.engine.limit import Overdue, limited
 from ranksearch.trial import Failure, Outcome, Task
 from tests.driving import Plan, check_mlflow, check_study
-from tests.services import patient
+from tests.services import add_machine, patient
 from tests.studies import TABLE, Lookup
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
@@ -167,7 +167,7 @@ def machine(cluster: Any) -> Any:
     """The one machine of two CPUs."""
     for node in cluster.worker_nodes:
         return node
-    return patient(lambda: cluster.add_node(num_cpus=2))
+    return add_machine(cluster)
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_machines_come_and_go(cluster: Any, machine: Any, tmp_path: Path) -> Non
         search.wait(2, driver)
         first = search.workers()
         assert len(first) == 2
-        patient(lambda: cluster.add_node(num_cpus=2))
+        add_machine(cluster)
         search.wait(4, driver)
         assert len(search.workers()) == 4, "the machine that joined is used"
         cluster.remove_node(machine, allow_graceful=False)

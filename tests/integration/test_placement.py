@@ -5,9 +5,7 @@ GPUs are declared, as Ray allows: they place workers and set what these see, wit
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +22,8 @@ from ranksearch.engine.resources import Node, workers
 from ranksearch.errors import EngineError
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Task
-from tests.integration.test_engines import NODE, TABLE, Batches, free_port, started
+from tests.integration.test_engines import TABLE, Batches
+from tests.services import NODE, free_port, ray_node
 from tests.tables import table_outcome
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -35,18 +34,11 @@ def cluster() -> Iterator[str]:
     """Address of two machines: a fast one with two declared GPUs, and a slow one without."""
     port = free_port()
     fast = ("--num-cpus=2", "--num-gpus=2", "--labels=kind=fast")
-    with started(*NODE, "--head", f"--port={port}", "--include-dashboard=false", *fast):
-        _await(port)  # a machine that finds no head gives up
-        with started(*NODE, f"--address=127.0.0.1:{port}", "--num-cpus=2", "--labels=kind=slow"):
-            yield f"127.0.0.1:{port}"
-
-
-def _await(port: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.5)
+    with (
+        ray_node(*NODE, "--head", f"--port={port}", "--include-dashboard=false", *fast),
+        ray_node(*NODE, f"--address=127.0.0.1:{port}", "--num-cpus=2", "--labels=kind=slow"),
+    ):
+        yield f"127.0.0.1:{port}"
 
 
 @dataclass(frozen=True, kw_only=True)
