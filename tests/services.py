@@ -28,6 +28,16 @@ PASSWORD = "hunter2"
 """Of PostgreSQL's user, who is let in with any; no log may have it."""
 
 
+def own_port() -> int:
+    """A port that nobody else is given while this process runs, for a server that comes and goes."""
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: it is shared with one that listens
+    place.bind(("127.0.0.1", 0))
+    port = int(place.getsockname()[1])
+    place.detach()
+    return port
+
+
 def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -74,7 +84,7 @@ class Postgres(Service):
     """PostgreSQL with an empty cluster of databases in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = free_port()
+        self.port = own_port()
         owner = {"user": "postgres"} if os.getuid() == 0 else {}
         if owner:
             shutil.chown(folder, "postgres")
@@ -116,7 +126,7 @@ class MlflowServer(Service):
     """An MLflow server over a database."""
 
     def __init__(self, folder: Path, database: str) -> None:
-        self.port = free_port()
+        self.port = own_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
         command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(self.port), "--workers", "1"]
