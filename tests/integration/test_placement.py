@@ -98,16 +98,19 @@ def test_trials_run_where_the_labels_say(tmp_path: Path, cluster: str) -> None:
 class Purse:
     """Tasks take memory from a common purse of 100; where it does not hold as much, they raise as PyTorch does.
 
-    Most take 40. Number 3 takes 80, so it fits alone only, and first waits for another to run beside it; number 5
-    takes 120, which never fits.
+    Nobody begins before two workers have started. Most take 40. Number 3 takes 80, so it fits alone only, and first
+    waits for another to run beside it; number 5 takes 120, which never fits.
     """
 
     folder: Path
 
     def __call__(self) -> Callable[[Task], Outcome]:
+        (self.folder / f"worker-{os.getpid()}").touch()
         return self._evaluate
 
     def _evaluate(self, task: Task) -> Outcome:
+        while len(list(self.folder.glob("worker-*"))) < 2:
+            time.sleep(0.05)
         need = {3: 80, 5: 120}.get(task.seed, 40)
         tried = self.folder / f"tried-{task.seed}"
         if task.seed == 3 and not tried.exists():
