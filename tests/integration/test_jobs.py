@@ -65,7 +65,7 @@ def ranksearch(*arguments: str, code: int = 0, **environment: str) -> str:
         [sys.executable, "-m", "ranksearch", *arguments],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=600,
         check=False,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
     )
