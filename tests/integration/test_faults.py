@@ -126,13 +126,14 @@ def test_a_clock_that_jumps(tmp_path: Path) -> None:
         (tmp_path / "part").replace(offset)
 
     jump(0)
-    search = plan(tmp_path, trials=24, seconds=0.3, minutes=0.5)
+    search = plan(tmp_path, trials=24, seconds=0.1, minutes=2.0, held=True)
     driver = search.start("tests.clock", str(offset))
     try:
-        search.wait(5, driver)
-        jump(-3600)
-        search.wait(12, driver)
-        jump(86400)
+        for trials, seconds in ((4, -3600), (11, 86400)):
+            search.release(trials)
+            search.wait(trials + 1, driver)
+            jump(seconds)
+        search.release()
         assert driver.wait(240) == 0, search.log
     finally:
         driver.kill()
