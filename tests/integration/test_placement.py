@@ -26,7 +26,7 @@ from tests.integration.test_engines import TABLE, Batches
 from tests.services import NODE, free_port, ray_node
 from tests.tables import table_outcome
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
