@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pandas as pd
 import pytest
@@ -465,10 +466,15 @@ def test_a_server_that_goes_away_does_not_stop_the_search(tmp_path: Path) -> Non
         tracker.start(study="digits", params={}, tags={}, documents={})
         tracker.trial(record(0))
         tracker.flush()
-    started = time.monotonic()
+    handed_over = Event()
+
+    def wait(again: bool) -> None:
+        handed_over.wait()
+
+    tracker._writer.submit(wait)  # whoever waited for what is written would wait for ever
     for number in range(1, 10):
         tracker.trial(record(number))
-    assert time.monotonic() - started < 0.5
+    handed_over.set()
     tracker.close()
     with served(command, environment, tmp_path / "server again", port):
         with tracking(tmp_path, uri=uri) as tracker:
