@@ -36,7 +36,7 @@ from ray.cluster_utils import Cluster
 
 from ranksearch.preparation import versions
 from tests.driving import Plan
-from tests.services import MlflowServer, Postgres, patient, postgres
+from tests.services import MlflowServer, Postgres, add_machine, patient, postgres
 
 PAUSE_S = (2.0, 6.0)
 """Least and most time from one fault to the next."""
@@ -100,9 +100,8 @@ class Chaos:
         self._machines[at] = self._machine()
 
     def _machine(self) -> Any:
-        cluster = self._cluster
-        assert cluster is not None
-        return patient(lambda: cluster.add_node(num_cpus=2))
+        assert self._cluster is not None
+        return add_machine(self._cluster)
 
     def crash_database(self) -> None:
         self._database.crash()

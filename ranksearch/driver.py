@@ -84,6 +84,8 @@ class Driver:
         self._told_front = NumberedFront()
         self._volume = 0.0
         """The hypervolume told last."""
+        self._told_ms = 0
+        """When the last of the trials told had ended, by the study's record of them."""
         self._sweep()
         if view is not None:
             view.sync(trial for trial in self._trials.values() if trial.state != "RUNNING")
@@ -187,5 +189,6 @@ class Driver:
                 return
             if trial.feasible and self._told_front.put(self._study.point(trial), trial.number) != [trial.number]:
                 self._volume = self._study.hypervolume([self._trials[number] for number in self._told_front.numbers])
-            self._view.hypervolume(self._told, self._volume)
+            self._told_ms = max(self._told_ms, trial.end_ms)
+            self._view.hypervolume(self._told, self._volume, self._told_ms)
             self._told += 1

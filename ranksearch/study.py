@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -178,9 +177,11 @@ class Study:
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
             self._storage.set_trial_user_attr(trial_id, "retry", retry)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            return replace(trial, state="FAIL", reason=result.reason, retry=retry, end_ms=_now_ms())
-        self._storage.set_trial_user_attr(trial_id, "outcome", result.to_json())
-        return self._complete(trial, trial_id, result)
+        else:
+            self._storage.set_trial_user_attr(trial_id, "outcome", result.to_json())
+            self._complete(trial_id, result)
+        # As it is read ever after, by another driver too, the time of its end with it.
+        return self._trial(self._storage.get_trial(trial_id))
 
     def _moved_on(self, trial: Trial) -> bool:
         """Whether a funnel run has left a checkpoint since this try began: then another one gets further."""
@@ -198,15 +199,11 @@ class Study:
         except OSError:
             return 0
 
-    def _complete(self, trial: Trial, trial_id: int, outcome: Outcome) -> Trial:
-        limits = self.constraints(outcome)
-        for key, value in limits.items():
+    def _complete(self, trial_id: int, outcome: Outcome) -> None:
+        for key, value in self.constraints(outcome).items():
             self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", value)
         values = objective_values(outcome, tuple(self.space.objectives))
         self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, values)
-        return replace(
-            trial, state="COMPLETE", values=values, constraints=_by_name(limits), outcome=outcome, end_ms=_now_ms()
-        )
 
     def recover(self, reason: str = INTERRUPTED) -> list[Trial]:
         """End the trials that a killed or stopped driver left RUNNING; returns them.
@@ -468,7 +465,3 @@ def _by_name(constraints: Mapping[str, float]) -> tuple[float, ...]:
 
 def _ms(moment: datetime | None) -> int:
     return 0 if moment is None else round(moment.timestamp() * 1000)
-
-
-def _now_ms() -> int:
-    return _ms(datetime.now())

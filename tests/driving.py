@@ -52,7 +52,7 @@ class Plan:
     ``late``."""
     patience_s: float = 600.0
     held: bool = False
-    """Whether no trial ends before :meth:`release`."""
+    """Whether no trial ends before it is released."""
 
     @property
     def space(self) -> Space:
@@ -91,9 +91,17 @@ class Plan:
             driver.kill()
             driver.wait()
 
-    def release(self) -> None:
-        """Let the trials of a plan that is ``held`` end."""
-        Path(self.folder, "released").touch()
+    def release(self, trials: int = sys.maxsize) -> None:
+        """Let the trials of so many proposals end, of a plan that is ``held``."""
+        part = Path(self.folder, "releasing")
+        part.write_text(str(trials))
+        part.replace(Path(self.folder, "released"))
+
+    def released(self, index: int) -> bool:
+        """Whether the trials of a proposal may end."""
+        with suppress(FileNotFoundError):
+            return not self.held or index < int(Path(self.folder, "released").read_text())
+        return False
 
     @property
     def log(self) -> str:
@@ -132,7 +140,7 @@ class Accidents:
         with suppress(OSError):  # where the disk is full
             Path(self.plan.folder, name).touch()
         time.sleep(self.plan.seconds)
-        while self.plan.held and not Path(self.plan.folder, "released").exists():
+        while not self.plan.released(task.index):
             time.sleep(0.05)
         outcome = table_outcome(TABLE, task.choices)
         match self.plan.accidents.get(str(task.index)):

@@ -19,9 +19,23 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import REPOSITORY
+
 _START_SECONDS = 120.0
+_TRIES = 4
+"""How often Ray is started: on a busy machine it gives up on its own processes after half a minute."""
 PASSWORD = "hunter2"
 """Of PostgreSQL's user, who is let in with any; no log may have it."""
+
+
+def own_port() -> int:
+    """A port that nobody else is given while this process runs, for a server that comes and goes."""
+    place = socket.socket()
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: it is shared with one that listens
+    place.bind(("127.0.0.1", 0))
+    port = int(place.getsockname()[1])
+    place.detach()
+    return port
 
 
 def free_port() -> int:
@@ -70,7 +84,7 @@ class Postgres(Service):
     """PostgreSQL with an empty cluster of databases in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = free_port()
+        self.port = own_port()
         owner = {"user": "postgres"} if os.getuid() == 0 else {}
         if owner:
             shutil.chown(folder, "postgres")
@@ -112,7 +126,7 @@ class MlflowServer(Service):
     """An MLflow server over a database."""
 
     def __init__(self, folder: Path, database: str) -> None:
-        self.port = free_port()
+        self.port = own_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database]
         command += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(self.port), "--workers", "1"]
@@ -152,12 +166,73 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(places))
 
 
-def patient(start: Callable[[], Any], tries: int = 4) -> Any:
-    """What ``start`` makes of Ray, which on a busy machine gives up on its own processes after half a minute."""
-    for left in reversed(range(tries)):
+NODE = ("-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
+"""A machine of Ray as a Python program, but for its options."""
+
+
+@contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process beside the test, until the block is left."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=90)
+
+
+@contextmanager
+def ray_node(*command: str) -> Iterator[None]:
+    """A machine of Ray that runs; one that gave up on its own processes is started again."""
+    for left in reversed(range(_TRIES)):
+        with started(*command) as process:
+            assert process.stdout is not None
+            if any("Ray runtime started" in line for line in process.stdout):
+                yield
+                return
+            assert left, f"{command} ended with status {process.wait()}"
+
+
+@contextmanager
+def ray_cluster(cpus: int) -> Iterator[str]:
+    """Address of a Ray cluster of one machine."""
+    port = free_port()
+    with ray_node(*NODE, "--head", f"--port={port}", f"--num-cpus={cpus}", "--include-dashboard=false"):
+        yield f"127.0.0.1:{port}"
+
+
+def patient(start: Callable[[], Any]) -> Any:
+    """What ``start`` makes of Ray, begun anew where Ray gave up on its own processes; those are ended before."""
+    from ranksearch.engine.processes import Started, end
+
+    for left in reversed(range(_TRIES)):
+        begun = Started()
         try:
             return start()
         except Exception as error:
-            if not left or "timed out" not in str(error):
+            end(begun.family())
+            if not left or "timed out" not in str(error).lower():
                 raise
     raise AssertionError
+
+
+def add_machine(cluster: Any) -> Any:
+    """A machine of two CPUs that joins Ray's own ``Cluster``."""
+
+    def start() -> Any:
+        known = set(cluster.worker_nodes)
+        try:
+            return cluster.add_node(num_cpus=2)
+        except TimeoutError:  # it is counted already
+            cluster.worker_nodes = known
+            raise
+
+    return patient(start)

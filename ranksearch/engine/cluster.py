@@ -16,6 +16,7 @@ import ray
 
 from ranksearch import mirror
 from ranksearch.engine import reason
+from ranksearch.engine.processes import Started, end
 from ranksearch.engine.resources import Node, local_cpus
 from ranksearch.errors import EngineError
 from ranksearch.space import ResourcesSpec
@@ -32,6 +33,12 @@ _ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "1000000000",
 }
 """Tune without files, tables and warnings of its own (the study is the record), and Ctrl-C left to us."""
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+_TRIES = 3
+"""How often Ray is started here: on a busy machine it gives up on its own processes after half a minute."""
+_ENDING_SECONDS = 10.0
+"""How long the processes of a Ray that was started here may take to end by themselves."""
 
 
 def nodes() -> list[Node]:
@@ -57,12 +64,12 @@ def cluster(spec: ResourcesSpec) -> Iterator[None]:
             "this process is connected to Ray already. Call ray.shutdown() first; resources.address names a cluster."
         )
     local = spec.address == "local"
-    options: dict[str, Any] = {"include_dashboard": False} if local else {}
-    if local and spec.workers:
-        options["num_cpus"] = local_cpus(spec)
+    started = Started()
     try:
-        # Never without an address: Ray would join a cluster that happens to run on this machine.
-        ray.init(address=spec.address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
+        if local:
+            _start(spec, started)
+        else:
+            ray.init(address=spec.address, **_QUIET)
     except Exception as error:
         remedy = "Check resources.address and the cluster's token." if not local else "Check memory and disk."
         raise EngineError(f"cannot reach Ray at {spec.address!r}: {reason(error)}. {remedy}") from error
@@ -71,7 +78,23 @@ def cluster(spec: ResourcesSpec) -> Iterator[None]:
     finally:
         # Tune leaves actor handles in cycles; one collected after the shutdown, by any thread, ends the process.
         gc.collect()
+        family = started.family() if local else []
         ray.shutdown()
+        end(family, seconds=_ENDING_SECONDS)
+
+
+def _start(spec: ResourcesSpec, started: Started) -> None:
+    """Start Ray on this machine, once more where it is too slow to start; what is left of a failed start is ended."""
+    options: dict[str, Any] = {"num_cpus": local_cpus(spec)} if spec.workers else {}
+    for left in reversed(range(_TRIES)):
+        try:
+            # Never without an address: Ray would join a cluster that happens to run on this machine.
+            ray.init(address="local", include_dashboard=False, **options, **_QUIET)
+            return
+        except Exception as error:
+            end(started.family())
+            if not left or "timed out" not in str(error).lower():
+                raise
 
 
 @cache

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,9 @@ class _Dispatcher(Searcher):
         """Tasks taken from the source that no worker has yet."""
         self._exhausted = False
         self._chunk = 1
-        self._alone = 0
-        """How many tasks still to send one by one, because as many were lost with a worker: one of them may have
-        killed it, and is not to take the others along again."""
+        self._suspects: set[tuple[int, int]] = set()
+        """Proposals that were lost with a worker: one of them may have killed it, so each is sent by itself when it is
+        tried again, and takes no other along."""
         self._places: dict[str, str] = {}
         """Worker to the machine and GPU whose memory it shares with the others there."""
         self._outgrown: dict[str, list[Task]] = {}
@@ -202,7 +203,9 @@ class _Dispatcher(Searcher):
             if overran:  # that is a result
                 self._fruitless = 0
                 self._proven.add(trial_id)
-            self._chunk, self._alone = 1, self._alone + (0 if overran else len(lost))
+            else:
+                self._suspects |= {_proposal(task) for task in lost.values()}
+            self._chunk = 1
             died = Failure(reason="its worker died (killed, or out of memory)", interrupted=True)
             for task in lost.values():
                 self._done(task, overdue(self._limit_s or 0.0) if overran else died)
@@ -350,9 +353,11 @@ class _Dispatcher(Searcher):
 
     def _send(self, worker: str) -> None:
         """Send a worker its share of the ready tasks."""
-        count = 1 if self._alone else min(self._chunk, math.ceil(len(self._ready) / self._capacity()))
-        tasks, self._ready = self._ready[:count], self._ready[count:]
-        self._alone = max(0, self._alone - count)
+        share = self._ready[: min(self._chunk, math.ceil(len(self._ready) / self._capacity()))]
+        innocent = [*takewhile(lambda task: _proposal(task) not in self._suspects, share)]
+        tasks = innocent or share[:1]
+        self._ready = self._ready[len(tasks) :]
+        self._suspects -= {_proposal(task) for task in tasks}
         self._running[worker] = {task.number: task for task in tasks}
         self._heard[worker] = time.monotonic()
         self._mailbox.put.remote(worker, tasks)
@@ -362,6 +367,11 @@ class _Dispatcher(Searcher):
             self._source.done(task, result)
         except Exception as error:
             raise _Stopped(error) from error
+
+
+def _proposal(task: Task) -> tuple[int, int]:
+    """What a task has in common with the next try of the same proposal, which has another number."""
+    return task.index, task.seed
 
 
 class _NoneLeft(tune.Stopper):

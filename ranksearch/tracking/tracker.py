@@ -178,11 +178,15 @@ class Tracker:
             self._handed_over.add(record.number)
             self._writer.submit(partial(self._write_trial, record))
 
-    def hypervolume(self, step: int, value: float) -> None:
-        """Record the front's hypervolume after ``step`` trials, through the background thread; once for each step."""
+    def hypervolume(self, step: int, value: float, at_ms: int) -> None:
+        """Record the front's hypervolume after ``step`` trials, through the background thread; once for each step.
+
+        To MLflow a point of the same step and value is another one where its time is: ``at_ms``, when the trials had
+        ended, is the study's, so that what two drivers write, one of them ousted, is the same.
+        """
         if step not in self._steps and isfinite(value):
             self._steps.add(step)
-            self._points.append(Metric("hypervolume", value, _now_ms(), step))
+            self._points.append(Metric("hypervolume", value, at_ms, step))
             if len(self._points) == 1:  # else a job that will write it is waiting, or at work
                 self._writer.submit(self._log_points)
 

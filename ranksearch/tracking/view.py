@@ -98,9 +98,9 @@ class View:
         """Whether a trial is among the first, or on the front as it ends; those of the last front all once were."""
         return self._front.take(trial) or trial.number < self._study.space.tracking.max_runs
 
-    def hypervolume(self, trials: int, value: float) -> None:
-        """Write the hypervolume after so many trials, in the background."""
-        self._tracker.hypervolume(trials, value)
+    def hypervolume(self, trials: int, value: float, at_ms: int) -> None:
+        """Write the hypervolume after so many trials, which had ended at ``at_ms``, in the background."""
+        self._tracker.hypervolume(trials, value, at_ms)
 
     def finish(self, status: Literal["FINISHED", "KILLED", "FAILED"]) -> None:
         """Write what is waiting, then the front with its pictures and the knee's rank map, and end the run."""

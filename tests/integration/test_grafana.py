@@ -22,7 +22,7 @@ from ranksearch.space import Space
 from ranksearch.study import Study
 from ranksearch.trial import Trial
 from tests.conftest import REPOSITORY
-from tests.integration.test_engines import ray_cluster
+from tests.services import ray_cluster
 
 pytestmark = pytest.mark.xdist_group("ray")
 BOARD = json.loads((REPOSITORY / "dashboards" / "grafana" / "ranksearch.json").read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ import requests
 from ranksearch.jobs import JobServer
 from ranksearch.storage import Store
 from tests.conftest import REPOSITORY
-from tests.integration.test_engines import NODE, free_port, started
+from tests.services import NODE, free_port, ray_node
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow, pytest.mark.timeout(900)]
 SECRET = "sehr-geheim-4711"
@@ -40,9 +40,9 @@ def cluster() -> Iterator[Cluster]:
     found = Cluster(address=f"http://127.0.0.1:{dashboard}", gcs=f"127.0.0.1:{port}")
     # The agent, which takes the jobs, has a port of its own too: another Ray on this machine may have the usual one.
     agent = f"--dashboard-agent-listen-port={free_port()}"
-    with started(*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", agent, "--num-cpus=1"):
-        await_nodes(found, 1)  # a node that finds no head gives up
-        with started(*NODE, f"--address={found.gcs}", "--num-cpus=1"):
+    with ray_node(*NODE, "--head", f"--port={port}", f"--dashboard-port={dashboard}", agent, "--num-cpus=1"):
+        await_nodes(found, 1)
+        with ray_node(*NODE, f"--address={found.gcs}", "--num-cpus=1"):
             await_nodes(found, 2)
             yield found
 
@@ -65,7 +65,7 @@ def ranksearch(*arguments: str, code: int = 0, **environment: str) -> str:
         [sys.executable, "-m", "ranksearch", *arguments],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=600,
         check=False,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
     )
@@ -187,7 +187,7 @@ def test_doctor_looks_at_every_machine(cluster: Cluster, tmp_path: Path) -> None
     other = f"mount -t tmpfs none {storage}"
     if subprocess.run(["unshare", "--mount", "sh", "-c", other], capture_output=True, check=False).returncode:
         pytest.skip("a machine that does not share the folder takes the right to mount")
-    with started("-c", third_machine(cluster, f"{other} && exec")):
+    with ray_node("-c", third_machine(cluster, f"{other} && exec")):
         await_nodes(cluster, 3)
         printed = ranksearch("doctor", *place, code=1)
     assert printed.count(f"does not share {storage}") == 1
@@ -196,7 +196,7 @@ def test_doctor_looks_at_every_machine(cluster: Cluster, tmp_path: Path) -> None
     await_nodes(cluster, 2)
     small = tmp_path / "small"
     small.mkdir()
-    with started("-c", third_machine(cluster, f"mount -t tmpfs -o size=64m none {small} && TMPDIR={small} exec")):
+    with ray_node("-c", third_machine(cluster, f"mount -t tmpfs -o size=64m none {small} && TMPDIR={small} exec")):
         await_nodes(cluster, 3)
         printed = ranksearch("doctor", *place, code=0)
     assert printed.count(f"has 0.1 GiB free in {small}") == 1

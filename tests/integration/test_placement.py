@@ -5,9 +5,7 @@ GPUs are declared, as Ray allows: they place workers and set what these see, wit
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,10 +22,11 @@ from ranksearch.engine.resources import Node, workers
 from ranksearch.errors import EngineError
 from ranksearch.space import ResourcesSpec
 from ranksearch.trial import Failure, Outcome, Task
-from tests.integration.test_engines import NODE, TABLE, Batches, free_port, started
+from tests.integration.test_engines import TABLE, Batches
+from tests.services import NODE, free_port, ray_node
 from tests.tables import table_outcome
 
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +34,11 @@ def cluster() -> Iterator[str]:
     """Address of two machines: a fast one with two declared GPUs, and a slow one without."""
     port = free_port()
     fast = ("--num-cpus=2", "--num-gpus=2", "--labels=kind=fast")
-    with started(*NODE, "--head", f"--port={port}", "--include-dashboard=false", *fast):
-        _await(port)  # a machine that finds no head gives up
-        with started(*NODE, f"--address=127.0.0.1:{port}", "--num-cpus=2", "--labels=kind=slow"):
-            yield f"127.0.0.1:{port}"
-
-
-def _await(port: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.5)
+    with (
+        ray_node(*NODE, "--head", f"--port={port}", "--include-dashboard=false", *fast),
+        ray_node(*NODE, f"--address=127.0.0.1:{port}", "--num-cpus=2", "--labels=kind=slow"),
+    ):
+        yield f"127.0.0.1:{port}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +98,19 @@ def test_trials_run_where_the_labels_say(tmp_path: Path, cluster: str) -> None:
 class Purse:
     """Tasks take memory from a common purse of 100; where it does not hold as much, they raise as PyTorch does.
 
-    Most take 40. Number 3 takes 80, so it fits alone only, and first waits for another to run beside it; number 5
-    takes 120, which never fits.
+    Nobody begins before two workers have started. Most take 40. Number 3 takes 80, so it fits alone only, and first
+    waits for another to run beside it; number 5 takes 120, which never fits.
     """
 
     folder: Path
 
     def __call__(self) -> Callable[[Task], Outcome]:
+        (self.folder / f"worker-{os.getpid()}").touch()
         return self._evaluate
 
     def _evaluate(self, task: Task) -> Outcome:
+        while len(list(self.folder.glob("worker-*"))) < 2:
+            time.sleep(0.05)
         need = {3: 80, 5: 120}.get(task.seed, 40)
         tried = self.folder / f"tried-{task.seed}"
         if task.seed == 3 and not tried.exists():

@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from ranksearch.driver import Driver
 from ranksearch.errors import TrackingError
 from ranksearch.space import TrackingSpec
 from ranksearch.storage import Store
@@ -29,7 +31,7 @@ from ranksearch.strategies import Terms, build_strategy
 from ranksearch.tracking import Tracker, TrialRecord, View, ui_command
 from ranksearch.trial import Failure, Proposal
 from tests.studies import TABLE, setting_of, space_of
-from tests.tables import proposal_outcome
+from tests.tables import proposal_outcome, table_outcome
 
 LAYERS = [f"layer{i}.conv{j}" for i in range(3) for j in range(6)]
 DENSE = {"accuracy": 0.9, "accuracy_search": 0.91, "macs": 40_000_000, "params": 270_000}
@@ -150,7 +152,7 @@ def check_a_search(uri: str, folder: Path, tmp_path: Path) -> None:
     with tracking(folder, uri=uri if uri.startswith("http") else None) as tracker:
         for number in range(5):
             tracker.trial(record(number, failed=number == 3, on_front=number < 2))
-            tracker.hypervolume(number + 1, 0.1 * number)
+            tracker.hypervolume(number + 1, 0.1 * number, record(number).end_ms)
         finish(tracker, 5, {1, 4}, "KILLED")
     (parent,), children = runs(uri)
     assert parent.info.status == "KILLED"
@@ -174,7 +176,7 @@ def check_a_search(uri: str, folder: Path, tmp_path: Path) -> None:
         tracker.sync([record(number, failed=number == 3) for number in range(5)])
         tracker.trial(record(5))
         for step in range(1, 7):
-            tracker.hypervolume(step, 0.1 * (step - 1))
+            tracker.hypervolume(step, 0.1 * (step - 1), record(step).end_ms)
         finish(tracker, 6, {4, 5})
     (parent,), resumed = runs(uri)
     client = MlflowClient(tracking_uri=uri)
@@ -230,6 +232,28 @@ def test_a_driver_killed_in_the_middle_of_a_trial_is_mended(folder: Path) -> Non
     assert json.loads(artifact(uri, children[1], "rank_map.json", folder / "out")) == record(1).rank_map
 
 
+def test_two_drivers_write_a_point_of_the_hypervolume_once(folder: Path) -> None:
+    """The second began when the first had not written any yet, and the first does not know that it was ousted."""
+    store, space = Store(folder), space_of(budget={"trials": 6}, strategy={"name": "random"})
+    study = store.create("digits", setting_of(space))
+    ranks = build_strategy(space.strategy, Terms(seed=0, objectives=("accuracy", "macs")))
+    with (
+        closing(Tracker(TrackingSpec(), folder=folder)) as ousted,
+        closing(Tracker(TrackingSpec(), folder=folder)) as tracker,
+    ):
+        view, again = View(study, ousted), View(store.open("digits"), tracker)
+        driver = Driver(study, ranks, view=view)
+        while isinstance(tasks := driver.take(4), list):
+            for task in tasks:
+                driver.done(task, table_outcome(TABLE, task.choices))
+        Driver(store.open("digits"), ranks, view=again)
+    (parent,), _ = runs(tracker.uri)
+    points = MlflowClient(tracking_uri=tracker.uri).get_metric_history(parent.info.run_id, "hypervolume")
+    assert sorted(point.step for point in points) == list(range(6))
+    ends = [trial.end_ms for trial in study.trials()]
+    assert {point.step: point.timestamp for point in points} == {n: max(ends[: n + 1]) for n in range(6)}
+
+
 def test_more_parameters_and_longer_texts_than_mlflow_takes_at_once(folder: Path) -> None:
     params = {f"features.layer{i}": "svd(4)" * (2000 if i == 0 else 1) for i in range(250)}
     long = TrialRecord(number=0, name="t", params=params, tags={"reason": "x" * 10_000}, start_ms=1, end_ms=2)
@@ -263,7 +287,7 @@ def test_a_store_that_fails_for_a_while_costs_neither_the_search_nor_a_trial(
         with full_disk(tracker.uri, table):
             for number in range(1, 20):
                 tracker.trial(record(number))
-                tracker.hypervolume(number, 0.5)
+                tracker.hypervolume(number, 0.5, record(number).end_ms)
             tracker.flush()
         finish(tracker, 20, {0, 19})
     (warning,) = caplog.messages
@@ -442,10 +466,15 @@ def test_a_server_that_goes_away_does_not_stop_the_search(tmp_path: Path) -> Non
         tracker.start(study="digits", params={}, tags={}, documents={})
         tracker.trial(record(0))
         tracker.flush()
-    started = time.monotonic()
+    handed_over = Event()
+
+    def wait(again: bool) -> None:
+        handed_over.wait()
+
+    tracker._writer.submit(wait)  # whoever waited for what is written would wait for ever
     for number in range(1, 10):
         tracker.trial(record(number))
-    assert time.monotonic() - started < 0.5
+    handed_over.set()
     tracker.close()
     with served(command, environment, tmp_path / "server again", port):
         with tracking(tmp_path, uri=uri) as tracker:

@@ -63,7 +63,7 @@ def priced(table: PriceTable, price: str, cost: str = "macs") -> list[Layer]:
 
 
 @given(networks, st.sampled_from(["as it comes", "merging", "grid"]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_the_knapsack_gives_the_front_of_all_rank_maps(network: list[Layer], way: str) -> None:
     if way == "grid":  # small enough for one cell a unit
         network = [([cost % 997 for cost in costs], losses) for costs, losses in network]
@@ -74,7 +74,7 @@ def test_the_knapsack_gives_the_front_of_all_rank_maps(network: list[Layer], way
 
 
 @given(networks, st.integers(8, 60))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_coarse_knapsack_loses_no_more_than_the_best_some_units_below(network: list[Layer], cells: int) -> None:
     costs, losses = zip(*network, strict=True)
     found = [totals(network, choices) for choices in predicted_front(costs, losses, cells=cells, pairs=0)]
@@ -85,7 +85,7 @@ def test_a_coarse_knapsack_loses_no_more_than_the_best_some_units_below(network:
 
 
 @given(tables, st.sampled_from(["predicted", "loss", "drop"]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_greedy_is_never_worse_than_uniform_and_never_better_than_the_knapsack(table: PriceTable, price: str) -> None:
     network = priced(table, price)
     greedy = [totals(network, choices) for choices in Greedy(price=price).maps(table)]
@@ -97,7 +97,7 @@ def test_greedy_is_never_worse_than_uniform_and_never_better_than_the_knapsack(t
 
 
 @given(st.lists(layers, min_size=1, max_size=3), st.lists(st.floats(1e-9, 1e-3), min_size=1, max_size=5))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_lc_minimises_loss_and_cost_at_every_exchange_rate(network: list[Layer], rates: list[float]) -> None:
     table = table_of(network)
     network = priced(table, "predicted")
@@ -130,7 +130,7 @@ def table_of(network: list[Layer]) -> PriceTable:
 
 
 @given(tables)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_eps_takes_of_every_layer_the_cheapest_within_the_tolerance(table: PriceTable) -> None:
     falls = [[c.price("drop") for c in layer.candidates] for layer in table.layers]
     scanned = {table.dense}
@@ -158,7 +158,7 @@ def least_largest_error(network: list[Folded], groups: tuple[int, ...], budget: 
 
 
 @given(folded, st.floats(0.05, 1.0))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_alds_finds_the_least_largest_error_within_the_budget(network: list[Folded], share: float) -> None:
     budget = int(share * sum(layer.dense for layer in network))
     every_split = list(product(*(range(len(layer.units)) for layer in network)))
@@ -179,7 +179,7 @@ def test_alds_finds_the_least_largest_error_within_the_budget(network: list[Fold
 
 
 @given(st.sampled_from(RULES), tables)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_ladder_has_its_cheapest_rank_map_and_ends_at_the_least_loss(rule: Rule, table: PriceTable) -> None:
     maps = list(rule.maps(table))
     costs = [table.macs(choices) for choices in maps]

@@ -60,7 +60,7 @@ def journal(folder: Path) -> Path:
 
 
 @given(position=st.floats(0, 1), content=st.binary(max_size=30), cut=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_of_the_journal(whole: Path, copy: Path, position: float, content: bytes, cut: bool) -> None:
     intact = journal(whole).read_bytes()
     at = int(position * len(intact))
@@ -69,7 +69,7 @@ def test_any_damage_of_the_journal(whole: Path, copy: Path, position: float, con
 
 
 @given(data=st.data(), value=values)
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_any_record(whole: Path, copy: Path, data: st.DataObject, value: object) -> None:
     records = lines(whole)
     record = data.draw(st.sampled_from(records))

@@ -44,7 +44,7 @@ def tensorly_error(tensor: Tensor, rank: int) -> float:
     return float(((x - tensorly.cp_to_tensor(found)) ** 2).sum() / (x**2).sum())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=st.lists(st.integers(1, 6), min_size=2, max_size=4), rank=st.integers(1, 12), seed=st.integers(0, 99))
 def test_every_shape_and_rank_has_a_fit_of_the_error_it_says(shape: list[int], rank: int, seed: int) -> None:
     tensor = normal(*shape, seed=seed)

@@ -8,7 +8,7 @@ from math import inf
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ranksearch.errors import SpaceError
@@ -81,7 +81,6 @@ def test_nothing_beyond_the_limit_is_tried_and_the_targets_come_first() -> None:
     assert 0.35 < ratios[1] <= 0.4
 
 
-@settings(deadline=None)
 @given(
     points=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), min_size=1, max_size=6),
     front=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), max_size=6),
@@ -116,7 +115,6 @@ def test_a_promise_falls_and_ends_the_search_where_it_is_small() -> None:
     assert stopping.propose(table, trials) is DONE
 
 
-@settings(deadline=None)
 @given(points=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), max_size=8))
 def test_the_area_of_points_is_their_hypervolume(points: list[tuple[float, float]]) -> None:
     found = area(np.array(points).reshape(-1, 2), np.array([1.0, 1.0]))

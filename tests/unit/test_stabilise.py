@@ -54,7 +54,7 @@ def test_sensitivity_is_the_expected_squared_error(shape: tuple[int, ...]) -> No
     assert cp_sensitivity(factors) == pytest.approx(measured, rel=0.02)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shape=st.lists(st.integers(1, 6), min_size=2, max_size=4), rank=st.integers(1, 5), seed=st.integers(0, 99))
 def test_rebalancing_keeps_the_tensor_and_reaches_the_closed_form(shape: list[int], rank: int, seed: int) -> None:
     factors = [normal(n, rank, seed=seed + i) * 10**i for i, n in enumerate(shape)]

@@ -100,16 +100,17 @@ def test_what_is_written_is_read_back(store: Store) -> None:
     study = store.create("one", setting_of(LIMITED))
     first = study.begin(Proposal(choices=TABLE.dense, origin="energy", note={"a": {"b": [1, 2]}}), index=0)
     outcome = replace(table_outcome(TABLE, TABLE.dense), weights="trial-00000.safetensors", details={"factors": "x"})
-    study.finish(first, outcome)
+    ended = [study.finish(first, outcome)]
     second = study.begin(Proposal(choices=some_choices(1)[0], origin="optuna"), index=1, attempt=1)
-    study.finish(second, Failure(reason="killed", interrupted=True))
+    ended.append(study.finish(second, Failure(reason="killed", interrupted=True)))
     third = study.begin(Proposal(choices=some_choices(2)[1], origin="optuna"), index=2)
-    study.finish(third, Failure(reason="killed", interrupted=True))
+    ended.append(study.finish(third, Failure(reason="killed", interrupted=True)))
 
     again = store.open("one")
     assert again.setting == study.setting
     assert again.uid == study.uid
     trials = again.trials()
+    assert trials == ended, "to the millisecond"
     assert [t.state for t in trials] == ["COMPLETE", "FAIL", "FAIL"]
     assert trials[0].outcome == outcome
     assert trials[0].proposal == first.proposal
