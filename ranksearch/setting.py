@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ranksearch.config import recorded_space
@@ -30,7 +30,7 @@ class Setting:
     dtype: str
     """Arithmetic of fine-tuning."""
     versions: Mapping[str, str]
-    priced_seconds: float = 0.0
+    priced_seconds: float = field(default=0.0, compare=False)
     """Wall time in which the prices that the strategy reads were measured, once, for the cache maybe."""
 
     def comparable(self, other: Setting) -> bool:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from ranksearch.errors import JobError
 from ranksearch.jobs import JobServer, client
-from tests.integration.test_engines import free_port
+from tests.services import free_port
 
 LINES = [f"line {i}\n" for i in range(12)]
 

@@ -21,7 +21,7 @@ from ranksearch.conv import Conv
 from ranksearch.factors import factors_at, prepared_factors
 from ranksearch.mirror import VARIABLE, fetch, offer
 from ranksearch.space import StabiliseSpec
-from tests.integration.test_engines import free_port
+from tests.services import free_port
 
 CONV = Conv(in_channels=4, out_channels=6, kernel=(3, 3), padding=(1, 1), size=(8, 8))
 WEIGHT = torch.randn(6, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

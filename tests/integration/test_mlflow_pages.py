@@ -19,8 +19,8 @@ from ranksearch.storage import Store
 from ranksearch.study import Study
 from ranksearch.tracking import Tracker, View
 from tests.browser import chromium, opened
-from tests.integration.test_engines import free_port, started
 from tests.integration.test_story import runs_of, searched
+from tests.services import free_port, started
 from tests.studies import setting_of, space_of
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ranksearch.doctor import Finding, examine
-from tests.integration.test_engines import free_port
+from tests.services import free_port
 
 
 def found(**arguments: object) -> dict[str, Finding]:
