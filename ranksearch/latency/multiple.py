@@ -2,8 +2,8 @@
 
 Ours. Kernels work in blocks of channels: to the end of a block more ranks cost no time, and some odd ranks take even
 longer. What lies between is no use to a search for latency, so its ranks are multiples of the largest number that ranks
-can be rounded up to, on the target, at no cost in time. The largest layers are timed alone, each at a few odd ranks and
-at those rounded up.
+can be rounded up to, on the target, without being slower than rounded up to any other. The largest layers are timed
+alone, each at a few odd ranks and at those rounded up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -26,7 +28,7 @@ from ranksearch.space import LatencySpec
 
 MULTIPLES = (1, 2, 4, 8, 16, 32)
 FREE = 1.02
-"""Mean ratio of the times that still counts as no cost: what timing alone leaves uncertain."""
+"""Ratio to the least cost that still counts as no more: what timing alone leaves uncertain."""
 SHARES = (0.22, 0.31, 0.38, 0.47, 0.56, 0.68)
 """Of the largest ranks: where is timed."""
 _LARGEST_LAYERS = 3
@@ -44,7 +46,7 @@ def rank_multiple(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """The largest of :data:`MULTIPLES` that ranks can be rounded up to at no cost in time, measured or as it was.
+    """The largest of :data:`MULTIPLES` that is as fast as the fastest to round ranks up to, measured or as it was.
 
     Args:
         layers: every searched layer with the format that it is timed in.
@@ -66,8 +68,9 @@ def rank_multiple(
     rows = [[conv.to_json(), form] for conv, form in largest]
     name = hashlib.sha256(json.dumps([about, rows], sort_keys=True).encode()).hexdigest()[:32]
     file = None if cache is None else cache / "latencies" / f"multiple-{name}.json"
-    if file is not None and file.exists():
-        return int(json.loads(file.read_text(encoding="utf-8"))["rank_multiple"])
+    if file is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
+            return int(json.loads(file.read_text(encoding="utf-8"))["rank_multiple"])
     keys = {q: [key for conv, form in largest for key in _rounded(conv, form, q)] for q in multiples}
     each = list(dict.fromkeys(key for some in keys.values() for key in some))
 
@@ -86,17 +89,14 @@ def rank_multiple(
 
 
 def largest_free(times: Mapping[int, Sequence[float]]) -> int:
-    """The largest multiple whose times are, in the mean of the ratios, those of ranks that are not rounded up.
+    """The largest multiple that is as fast as the fastest one.
 
     Args:
-        times: by multiple, 1 among them, what the same ranks take rounded up to it.
+        times: by multiple, 1 among them, what the same ranks take rounded up to it. Compared are means of the ratios to
+            the times of ranks that are not rounded up.
     """
-    plain = times[1]
-
-    def cost(multiple: int) -> float:
-        return sum(t / t1 for t, t1 in zip(times[multiple], plain, strict=True)) / len(plain)
-
-    return max(multiple for multiple in times if multiple == 1 or cost(multiple) <= FREE)
+    costs = {q: fmean(t / plain for t, plain in zip(own, times[1], strict=True)) for q, own in times.items()}
+    return max(q for q, cost in costs.items() if cost <= FREE * min(costs.values()))
 
 
 def _fine_enough(layers: Sequence[tuple[Conv, str]]) -> list[int]:
