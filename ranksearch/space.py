@@ -116,7 +116,7 @@ class RanksSpec(Section):
     """One ratio for all the ranks of a layer; else every combination that no other beats in both MACs and error."""
     rank_multiple: Positive | None = None
     """Ranks are rounded up to a multiple of this. By default 1; where an objective or a limit is the latency, or
-    latencies were brought along, the largest multiple that costs no time on the target, which is measured."""
+    latencies were brought along, the largest multiple that is as fast as any on the target, which is measured."""
 
     @property
     def multiple(self) -> int:
