@@ -44,7 +44,14 @@ CPU = torch.device("cpu")
 def spec_of(penalty: Penalty, target: float) -> FunnelSpec:
     """The schedule, the same for all but the penalty and the target."""
     # Few and small batches: a gentle fine-tuning, and a strength to start at that is ten times the published.
-    tune = FineTuneSpec(steps=TUNE_STEPS, batch_images=BATCH_IMAGES, weight_decay=0.0, learning_rate=0.003)
+    tune = FineTuneSpec(
+        steps=TUNE_STEPS,
+        batch_images=BATCH_IMAGES,
+        weight_decay=0.0,
+        optimiser="sgd",
+        batch_norm="batch",
+        learning_rate=0.003,
+    )
     return FunnelSpec(penalty=penalty, target=target, strength=0.05, fine_tune=tune, **STEPS)
 
 

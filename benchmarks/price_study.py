@@ -51,6 +51,7 @@ SPREADS = (0.7, 2.5)
 IMAGES = 256
 BATCH = 64
 BRIEF, LONG, RATE = 12, 60, 0.003
+SGD = {"optimiser": "sgd", "batch_norm": "batch"}
 """Steps of training, of ``BATCH`` images each, and the largest learning rate: at 0.01, as searches have it by default,
 so short a training costs more than it restores."""
 Prices = Mapping[str, Sequence[Sequence[float]]]
@@ -112,7 +113,7 @@ def evaluators(bench: Bench) -> dict[str, Callable[[Task], Any]]:
 
     def with_(steps: int = 0, **changes: Any) -> Evaluator:
         own = bench.space.evaluation
-        tuned = own.fine_tune.model_copy(update={"steps": steps, "batch_images": BATCH, "learning_rate": RATE})
+        tuned = own.fine_tune.model_copy(update={"steps": steps, "batch_images": BATCH, "learning_rate": RATE, **SGD})
         evaluation = own.model_copy(update={**changes, "fine_tune": tuned})
         return Evaluator(replace(bench, space=bench.space.model_copy(update={"evaluation": evaluation})))
 

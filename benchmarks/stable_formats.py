@@ -66,6 +66,8 @@ def bench_of(form: str, stabiliser: str, learning_rate: float, steps: int, stora
         "evaluation.refit=false",
         "evaluation.factors=activation-aware",
         f"evaluation.fine_tune.steps={steps}",
+        "evaluation.fine_tune.optimiser=sgd",
+        "evaluation.fine_tune.batch_norm=batch",
         f"evaluation.fine_tune.learning_rate={learning_rate}",
         "resources.engine=local",
     ]

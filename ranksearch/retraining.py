@@ -133,7 +133,7 @@ class Retraining:
         return self.average if self.average is not None and averaged else self.model
 
     def _step(self) -> None:
-        self.model.train()
+        self.training.set_mode()
         try:
             self._losses.append(self.training.step())
         finally:

@@ -221,16 +221,25 @@ class StrategySpec(Section):
 
 
 class FineTuneSpec(Section):
-    """A brief training of the compressed network: SGD with momentum, one cosine cycle with a linear warm-up."""
+    """A brief training of the compressed network: one cosine cycle of the learning rate with a linear warm-up.
+
+    A network that the regression has restored stands in a narrow valley: by default the batch norms keep the statistics
+    that it was restored under, and Adam gives every factor steps of its own size.
+    """
 
     steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps; 0 trains nothing."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training images, instead of ``steps``."""
     batch_images: Positive = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Largest learning rate of the cycle."""
+    optimiser: Literal["adam", "sgd"] = "adam"
+    """Adam with decoupled weight decay, or SGD with Nesterov momentum."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Largest learning rate of the cycle; by default 0.0003 of Adam and 0.01 of SGD."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD, and of Adam the decay of its mean gradient."""
+    batch_norm: Literal["frozen", "batch"] = "frozen"
+    """Statistics that batch norms use: those they have, or those of each batch, which the network then learns anew."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     distill: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Weight of the divergence from the dense network's outputs; the rest weighs the labels."""
@@ -238,6 +247,11 @@ class FineTuneSpec(Section):
     """Softening of both outputs in the divergence."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of training; ``auto`` takes bfloat16 on devices that multiply in it, float32 elsewhere."""
+
+    @property
+    def largest_rate(self) -> float:
+        """The largest learning rate of the cycle."""
+        return self.learning_rate or {"adam": 3e-4, "sgd": 1e-2}[self.optimiser]
 
     @model_validator(mode="after")
     def _one_length(self) -> FineTuneSpec:

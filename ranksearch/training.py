@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranksearch.data import Split, augmented
+from ranksearch.refit import batch_norms
 from ranksearch.space import AugmentSpec, FineTuneSpec
 
 ToInput = Callable[[Split, Tensor], Tensor]
@@ -45,14 +46,14 @@ def fine_tune(
 
     ``between`` is called after every step with their number so far.
 
-    SGD with Nesterov momentum, the learning rate warmed up linearly over a tenth of the steps and brought to zero by a
-    cosine. The same seed gives the same batches, changes of images and draws of layers like dropout.
+    The learning rate is warmed up linearly over a tenth of the steps and brought to zero by a cosine. The same seed
+    gives the same batches, changes of images and draws of layers like dropout.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     training = Training(model, dense, split, to_input, spec, augment, seed=seed, dtype=dtype)
-    model.train()
+    training.set_mode()
     try:
         losses = []
         for done in range(1, training.total + 1):
@@ -69,7 +70,7 @@ class Training:
     """A training of ``model``, in place and one step at a time, which can stop and go on bit for bit.
 
     The caller sets the model's mode. What is trained at which rate follows the spec, with its cycle of the rate and its
-    weight decay on kernels; or it is ``groups``: parameters and the constant rate of each group, without decay.
+    weight decay on kernels; or it is ``groups``: parameters and the constant rate of each group, by SGD without decay.
     Layers that draw numbers, like dropout, draw the training's own; torch's global generators are left as they are.
     """
 
@@ -102,12 +103,23 @@ class Training:
         }
         """States of the global generators that layers draw from."""
         parts = _kernels_and_others(model, spec) if groups is None else [_group(p, rate, 0.0) for p, rate in groups]
-        self.optimiser = torch.optim.SGD(parts, momentum=spec.momentum, nesterov=spec.momentum > 0)
+        self.optimiser: torch.optim.Optimizer
+        if spec.optimiser == "adam" and self.cycled:
+            self.optimiser = torch.optim.AdamW(parts, betas=(spec.momentum, 0.999))
+        else:
+            self.optimiser = torch.optim.SGD(parts, momentum=spec.momentum, nesterov=spec.momentum > 0)
+
+    def set_mode(self) -> None:
+        """Put the model into training mode, its batch norms as the spec has them."""
+        self.model.train()
+        if self.spec.batch_norm == "frozen" and self.cycled:
+            for norm in batch_norms(self.model):
+                norm.eval()
 
     def step(self) -> float:
         """One step; returns its loss, and raises FloatingPointError where that is not finite."""
         for group in self.optimiser.param_groups if self.cycled else ():
-            group["lr"] = self.spec.learning_rate * _schedule(self.steps, self.total)
+            group["lr"] = self.spec.largest_rate * _schedule(self.steps, self.total)
         batch = self._batch()
         images = augmented(self.to_input(self.split, batch), self.augment, self._generator)
         labels = self._labels[batch].to(images.device)
@@ -170,7 +182,7 @@ def _kernels_and_others(model: nn.Module, spec: FineTuneSpec) -> list[dict[str, 
     """The parameters that decay, and those that do not."""
     kernels = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    return [_group(kernels, spec.learning_rate, spec.weight_decay), _group(others, spec.learning_rate, 0.0)]
+    return [_group(kernels, spec.largest_rate, spec.weight_decay), _group(others, spec.largest_rate, 0.0)]
 
 
 def _group(parameters: Sequence[Tensor], rate: float, decay: float) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def _spec(**fields: Any) -> FineTuneSpec:
     from ranksearch.space import FineTuneSpec
 
     try:
-        return FineTuneSpec(**fields)
+        # So long a training finds its statistics and factors anew.
+        return FineTuneSpec(optimiser="sgd", batch_norm="batch", **fields)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("dtype", "precision").replace("_", "-")

@@ -127,7 +127,7 @@ class Funnel:
     def step(self) -> None:
         """One step of the schedule; after the last one under the penalty, the gates are folded."""
         model = self.training.model
-        model.train()
+        self.training.set_mode()
         try:
             loss = self.training.step()
         finally:

@@ -188,11 +188,14 @@ def tuned(model: nn.Module, dense: nn.Module, data: Data, spec: FineTuneSpec, se
 
 
 @pytest.mark.parametrize("distill", [0.0, 0.5, 1.0])
-def test_fine_tuning_restores(distill: float, training: tuple[nn.Module, nn.Module, Data]) -> None:
+@pytest.mark.parametrize("recipe", [{"optimiser": "sgd", "batch_norm": "batch"}, {"learning_rate": 0.001}], ids=str)
+def test_fine_tuning_restores(
+    recipe: dict[str, Any], distill: float, training: tuple[nn.Module, nn.Module, Data]
+) -> None:
     model, dense, data = training
     before = score(model, data.search, data, batch_images=64, device=torch.device("cpu"))
     kept = {key: value.clone() for key, value in dense.state_dict().items()}
-    spec = FineTuneSpec(steps=30, batch_images=32, distill=distill, learning_rate=0.01)
+    spec = FineTuneSpec(steps=30, batch_images=32, distill=distill, **recipe)
     last = tuned(model, dense, data, spec)
     after = score(model, data.search, data, batch_images=64, device=torch.device("cpu"))
     assert after.loss < 0.7 * before.loss
@@ -205,7 +208,8 @@ def test_fine_tuning_is_stochastic_gradient_descent(training: tuple[nn.Module, n
     """One step over all images, without momentum and decay, is one step down the gradient of the mean loss."""
     model, dense, data = training
     few = replace(data, train=data.train[:32], calibration_images=32)
-    spec = FineTuneSpec(steps=1, batch_images=32, momentum=0, weight_decay=0, distill=0, learning_rate=0.1)
+    plain: dict[str, Any] = {"optimiser": "sgd", "batch_norm": "batch", "momentum": 0, "weight_decay": 0}
+    spec = FineTuneSpec(steps=1, batch_images=32, distill=0, learning_rate=0.1, **plain)
     theirs = build_model(parse_space(SPACE).model, weights=None)
     theirs.load_state_dict(model.state_dict())
     theirs.train()
@@ -215,6 +219,29 @@ def test_fine_tuning_is_stochastic_gradient_descent(training: tuple[nn.Module, n
     for (name, ours), p in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert p.grad is not None
         torch.testing.assert_close(ours, p - 0.1 * p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_adam_with_frozen_batch_norms(training: tuple[nn.Module, nn.Module, Data]) -> None:
+    """Its first step moves every parameter by the learning rate against its gradient, whose statistics are the model's.
+
+    The oracle differentiates the network in evaluation mode.
+    """
+    model, dense, data = training
+    few = replace(data, train=data.train[:32], calibration_images=32)
+    spec = FineTuneSpec(steps=1, batch_images=32, distill=0, learning_rate=0.001, weight_decay=0)
+    theirs = build_model(parse_space(SPACE).model, weights=None)
+    theirs.load_state_dict(model.state_dict())
+    kept = {name: value.clone() for name, value in model.named_buffers()}
+    assert kept, "the network has batch norms"
+    theirs.eval()
+    loss = nn.functional.cross_entropy(theirs(to_input(few.train.images, few)), torch.as_tensor(few.train.labels))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert tuned(model, dense, few, spec) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for (name, ours), p in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        assert p.grad is not None
+        sure = p.grad.abs() > 1e-5  # below that the sign may be rounding's, and Adam's epsilon counts
+        torch.testing.assert_close(ours[sure], (p - 0.001 * p.grad.sign())[sure], rtol=1e-4, atol=2e-6, msg=name)
+    assert all(torch.equal(value, kept[name]) for name, value in model.named_buffers())
 
 
 def test_what_layers_draw_follows_from_the_seed_alone(training: tuple[nn.Module, nn.Module, Data]) -> None:
