@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -30,12 +30,24 @@ from ranksearch.models import build_model
 from ranksearch.pricing import kinds
 from ranksearch.rankmap import LayerRanks
 from ranksearch.refit import batch_norms, recalibrate, regauge, sensitivity_of, sequential_regression
+from ranksearch.rounding import (
+    Clip,
+    ranges,
+    round_for_good,
+    round_weights,
+    round_while_training,
+    rounding_activations,
+    weight_bytes,
+    widths_of,
+)
 from ranksearch.space import Space, StabiliseSpec
 from ranksearch.surgery import build_layer, channels_last, count_macs, count_params, kernel_of, replaced
-from ranksearch.table import Candidate, PriceTable
+from ranksearch.table import FLOAT_BITS, Candidate, PriceTable
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Outcome, Task, constraints, minimised, objective_values
 
+_RANGE_IMAGES = 128
+"""Calibration images that ranges of activations are found on."""
 _RECORDS = 50
 """Entries in a funnel run's history, at most one or two more."""
 _CHECKPOINTS = 20
@@ -65,6 +77,29 @@ def score(model: nn.Module, split: Split, data: Data, *, batch_images: int, devi
     return Score(accuracy=correct / len(split.labels), loss=loss / len(split.labels), images=len(split.labels))
 
 
+class Widths(Protocol):
+    """What of a search's or a rank map's widths activations need."""
+
+    @property
+    def activation_bits(self) -> int: ...  # noqa: D102
+    @property
+    def clip(self) -> Clip: ...  # noqa: D102
+
+
+@contextmanager
+def as_deployed(model: nn.Module, widths: Widths | None, data: Data) -> Iterator[None]:
+    """Meanwhile activations are rounded as ``widths`` say, in the ranges of the first calibration images.
+
+    Ranges are those of the weights that ``model`` has when this begins; None, and 32 bits, round nothing.
+    """
+    known = {}
+    if widths is not None and widths.activation_bits < FLOAT_BITS:
+        images = to_input(data.calibration[:_RANGE_IMAGES], data, next(model.parameters()).device)
+        known = ranges(model, widths_of(model, {}, FLOAT_BITS), images, widths.clip)
+    with rounding_activations(model, known):
+        yield
+
+
 @contextmanager
 def reproducible(count: int) -> Iterator[None]:
     """``count`` CPU threads, and on GPUs kernels that give the same bits every time, in float32 proper.
@@ -92,6 +127,7 @@ def layers_of(
             macs=c.macs,
             params=c.params,
             stabilise=None if FORMATS[c.format].nested else stabilise,
+            bits=cast(Any, c.bits),
         )
         for name, c in picked.items()
         if not c.dense
@@ -180,7 +216,8 @@ class Evaluator:
         space = self.bench.space
         with reproducible(space.resources.threads):
             model, details, layers = self._funnel(task) if task.settings else self._restored(task)
-            found = self._score(model, self.data.search)
+            with as_deployed(model, space.quantise, self.data):
+                found = self._score(model, self.data.search)
             outcome = Outcome(
                 accuracy_search=found.accuracy,
                 loss=found.loss,
@@ -188,11 +225,13 @@ class Evaluator:
                 params=count_params(model),
                 latency_ms=None if task.settings else self.bench.table.latency_ms(task.choices),
                 seconds=0.0,
+                **self._few_bits(model, task),
             )
             report, weights = None, None
             kept = task.keep or self._may_be_on_front(outcome, task)
             if kept or self.spec.report == "all":
-                report = self._score(model, self.data.report)
+                with as_deployed(model, space.quantise, self.data):
+                    report = self._score(model, self.data.report)
             if kept:
                 weights = f"trial-{task.number:05d}.safetensors"
                 store(model.state_dict(), self.bench.weights_folder / weights)
@@ -206,6 +245,19 @@ class Evaluator:
             layers=layers,
         )
 
+    def _few_bits(self, model: nn.Module, task: Task) -> dict[str, Any]:
+        """What a network of few bits costs; nothing of others."""
+        quantise, table = self.bench.space.quantise, self.bench.table
+        if quantise is None:
+            return {}
+        widths = self._widths(model, table.picked(task.choices))
+        return {"bit_operations": table.bit_operations(task.choices), "weight_bytes": weight_bytes(model, widths)}
+
+    def _widths(self, model: nn.Module, picked: Mapping[str, Candidate]) -> dict[str, int]:
+        """Bits of the weights of every layer of a compressed network."""
+        layers = {name: candidate.bits for name, candidate in picked.items() if not candidate.dense}
+        return widths_of(model, layers, self.bench.table.other_bits)
+
     def _restored(self, task: Task) -> tuple[nn.Module, dict[str, Any], None]:
         """The network of the task's choices, restored and fine-tuned, and how it was made."""
         picked = {k: c for k, c in self.bench.table.picked(task.choices).items() if not c.dense}
@@ -218,7 +270,10 @@ class Evaluator:
         if built.reports:
             details["fitted"] = {name: asdict(found) for name, found in built.reports.items()}
         if steps_of(self.spec.fine_tune, len(self.data.train.labels)):
-            details |= self._fine_tune(built.model, picked, task.seed)
+            with as_deployed(built.model, self.bench.space.quantise, self.data):
+                round_while_training(built.model, self._widths(built.model, picked))
+                details |= self._fine_tune(built.model, picked, task.seed)
+                round_for_good(built.model)
         return built.model, details, None
 
     def _funnel(self, task: Task) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -274,7 +329,8 @@ class Evaluator:
                     # Batches of near equal size: none of a single image, whose variance may not exist.
                     batches = -(-len(self.refit_images) // self.spec.batch_images)
                     recalibrate(model, torch.tensor_split(self.refit_images, batches))
-                divergence = self._divergence(model)
+                with as_deployed(model, self.bench.space.quantise, self.data):
+                    divergence = self._divergence(model)
                 if best is None or divergence < best.divergence:
                     kept = replaced(model, {}) if recalibrations[-1] != recalibrated else model
                     best = Built(
@@ -288,11 +344,14 @@ class Evaluator:
         """The network with factors of one kind, refitted if the space says so; and how the fitted layers came out."""
         modules, reports = self._chains(picked, kind)
         model = channels_last(replaced(self.dense, modules))
+        widths = self._widths(model, picked)
+        round_weights(model, {name: bits for name, bits in widths.items() if name.rpartition(".")[0] not in modules})
         if self.spec.refit:
             convs = self.bench.table.convs
             chains = {name: (c.format, convs[name], c.ranks) for name, c in picked.items()}
             wanted = chains if self.spec.refit_stages == "all" else None
-            sequential_regression(model, modules, self.samples, self.refit_images, chains=wanted)
+            bits = {name: c.bits for name, c in picked.items()}
+            sequential_regression(model, modules, self.samples, self.refit_images, chains=wanted, bits=bits)
         return model, reports
 
     def _chains(self, picked: Mapping[str, Candidate], kind: Kind) -> tuple[dict[str, nn.Module], dict[str, Report]]:
@@ -327,7 +386,7 @@ class Evaluator:
         chains = {
             name: (candidate.format, convs[name], candidate.ranks)
             for name, candidate in picked.items()
-            if not FORMATS[candidate.format].nested
+            if not FORMATS[candidate.format].nested and candidate.bits == FLOAT_BITS
         }
         steps = steps_of(self.spec.fine_tune, len(self.data.train.labels))
         every = space.stabilise.every

@@ -18,7 +18,8 @@ from ranksearch.errors import BudgetError, RankMapError
 from ranksearch.evaluation import layers_of
 from ranksearch.factors import store
 from ranksearch.front import knee
-from ranksearch.rankmap import LayerRanks, RankMap, WeightsRecord
+from ranksearch.rankmap import LayerRanks, RankMap, WeightsRecord, WidthsRecord
+from ranksearch.space import Space
 from ranksearch.study import Study
 from ranksearch.surgery import skeleton
 from ranksearch.trial import Outcome, Trial, best_within
@@ -51,6 +52,8 @@ def rank_map_of(study: Study, trial: Trial) -> RankMap:
             "accuracy_search": outcome.accuracy_search,
             "loss": outcome.loss,
             **({} if outcome.latency_ms is None else {"latency_ms": outcome.latency_ms}),
+            **({} if outcome.bit_operations is None else {"bit_operations": outcome.bit_operations}),
+            **({} if outcome.weight_bytes is None else {"weight_bytes": outcome.weight_bytes}),
             "report_images": outcome.report_images,
         }
     return RankMap(
@@ -61,8 +64,13 @@ def rank_map_of(study: Study, trial: Trial) -> RankMap:
         dense_macs=table.dense_macs,
         dense_params=table.dense_params,
         metrics=metrics,
+        widths=_widths(study.space),
         provenance=_provenance(study, trial),
     )
+
+
+def _widths(space: Space) -> WidthsRecord | None:
+    return None if space.quantise is None else WidthsRecord(**space.quantise.model_dump(exclude={"weight_bits"}))
 
 
 _COSTS = ("macs", "params")

@@ -20,16 +20,18 @@ from torch import nn
 
 from ranksearch.data import Data
 from ranksearch.errors import ModelError, RankMapError
-from ranksearch.evaluation import reproducible, score
+from ranksearch.evaluation import as_deployed, reproducible, score
 from ranksearch.export import save_compressed
 from ranksearch.factors import store
 from ranksearch.preparation import Notify, silent
-from ranksearch.rankmap import RankMap
+from ranksearch.rankmap import RankMap, WidthsRecord
 from ranksearch.recorded import RECORDED, Pair, read_pair, scoring_of
 from ranksearch.retraining import Epoch, Retraining, Schedule
+from ranksearch.rounding import round_for_good, round_while_training, widths_of
 from ranksearch.space import FineTuneSpec, TrackingSpec
 from ranksearch.storage import Store
 from ranksearch.surgery import channels_last
+from ranksearch.table import FLOAT_BITS
 from ranksearch.training import computes_bfloat16, steps_of
 from ranksearch.trial import interval
 
@@ -129,12 +131,15 @@ def finetune(
     )
     trainings = _trainings(pair, schedule, output, place, baseline)
     run = None if tracking is None else _tracked(tracking, where, output, rank_map, schedule, trainings)
-    scores = {"dense": _scored(pair.dense, images, rank_map), "before": _scored(pair.compressed, images, rank_map)}
+    widths = rank_map.widths
+    scores = {"dense": _scored(pair.dense, images, rank_map)}
+    scores["before"] = _scored(pair.compressed, images, rank_map, widths)
     trained: dict[str, nn.Module] = {}
     with reproducible(schedule.threads):
         for name, training in trainings.items():
             trained[name] = _trained(name, training, run, notify, watch)
-    scores["after"] = _scored(trained["compressed"], images, rank_map)
+            round_for_good(trained[name])
+    scores["after"] = _scored(trained["compressed"], images, rank_map, widths)
     if baseline:
         scores["baseline"] = _scored(trained["baseline"], images, rank_map)
     curves = {name: training.curve for name, training in trainings.items()}
@@ -178,8 +183,13 @@ def _trainings(
     """The trainings that are asked for, each where its checkpoint is."""
     dense = channels_last(copy.deepcopy(pair.dense).eval().to(device))
     layers = pair.rank_map.layers
-    chains = {name: (layer.format, layer.geometry, layer.ranks) for name, layer in layers.items()}
-    starts = {"compressed": (pair.compressed, chains)}
+    # Rounded factors stay where they are rounded: bringing them to another gauge would undo it.
+    chains = {n: (x.format, x.geometry, x.ranks) for n, x in layers.items() if x.bits == FLOAT_BITS}
+    compressed = copy.deepcopy(pair.compressed)
+    if (widths := pair.rank_map.widths) is not None:
+        bits = {name: layer.bits for name, layer in layers.items()}
+        round_while_training(compressed, widths_of(compressed, bits, widths.other_bits))
+    starts = {"compressed": (compressed, chains)}
     if baseline:
         starts["baseline"] = (pair.dense, {})
     return {
@@ -215,11 +225,11 @@ def _trained(
     return training.run(progress=lambda done, total: notify(what, done, total), watch=grown)
 
 
-def _scored(model: nn.Module, data: Data, rank_map: RankMap) -> Scored:
+def _scored(model: nn.Module, data: Data, rank_map: RankMap, widths: WidthsRecord | None = None) -> Scored:
     """As ``ranksearch evaluate`` scores: with the threads, the batches and the device of the search."""
     count, batch_images, device = scoring_of(rank_map)
     model = channels_last(copy.deepcopy(model).eval().to(device))
-    with reproducible(count):
+    with reproducible(count), as_deployed(model, widths, data):
         search, report = (
             score(model, split, data, batch_images=batch_images, device=device) for split in (data.search, data.report)
         )

@@ -61,7 +61,7 @@ def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
     """The columns of an outcome; NaN without one."""
     if outcome is None:
         names = ["accuracy", "accuracy_search", "loss", "macs", "macs_ratio", "gmacs", "params"]
-        return dict.fromkeys([*names, "latency_ms", "seconds"], math.nan)
+        return dict.fromkeys([*names, "latency_ms", "bit_operations", "weight_bytes", "seconds"], math.nan)
     return {
         "accuracy": math.nan if outcome.accuracy is None else outcome.accuracy,
         "accuracy_search": outcome.accuracy_search,
@@ -71,5 +71,7 @@ def _measured(outcome: Outcome | None, dense_macs: float) -> dict[str, Any]:
         "gmacs": outcome.macs / 1e9,
         "params": outcome.params,
         "latency_ms": math.nan if outcome.latency_ms is None else outcome.latency_ms,
+        "bit_operations": math.nan if outcome.bit_operations is None else outcome.bit_operations,
+        "weight_bytes": math.nan if outcome.weight_bytes is None else outcome.weight_bytes,
         "seconds": outcome.seconds,
     }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ranksearch.calibration import collect
 from ranksearch.data import Data, to_input
 from ranksearch.errors import RankMapError, RebuildError
-from ranksearch.evaluation import reproducible, score
+from ranksearch.evaluation import Score, as_deployed, reproducible, score
 from ranksearch.export import rank_map_of, read_compressed, save_compressed
 from ranksearch.folding import folded
 from ranksearch.latency import latency_ms
@@ -254,7 +254,10 @@ def compare_pair(pair: Pair, notify: Notify = silent) -> Comparison:
         for i, (name, model) in enumerate((("dense", pair.dense), ("compressed", pair.compressed))):
             notify(f"measuring the {name} network", i, 2)
             model = channels_last(model.eval().to(device))
-            measured.append(_measure(model, loaded, batch_images, device))
+            widths = rank_map.widths if name == "compressed" else None
+            with as_deployed(model, widths, loaded):
+                found = score(model, loaded.report, loaded, batch_images=batch_images, device=device)
+            measured.append(_measured(model, loaded, found))
     return Comparison(
         rank_map=rank_map,
         dense=measured[0],
@@ -265,8 +268,7 @@ def compare_pair(pair: Pair, notify: Notify = silent) -> Comparison:
     )
 
 
-def _measure(model: nn.Module, data: Data, batch_images: int, device: torch.device) -> Measured:
-    found = score(model, data.report, data, batch_images=batch_images, device=device)
+def _measured(model: nn.Module, data: Data, found: Score) -> Measured:
     low, high = interval(found.accuracy, found.images)
     quick = folded(model, data.input_shape).model
     return Measured(

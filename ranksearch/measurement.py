@@ -22,6 +22,7 @@ from ranksearch.decompositions import FORMATS, Prepared, compressed_stages
 from ranksearch.downstream import Downstream, Pass, opened
 from ranksearch.evaluation import reproducible
 from ranksearch.factors import factors_at
+from ranksearch.rounding import rounded
 from ranksearch.space import StabiliseSpec
 from ranksearch.stages import composed
 from ranksearch.surgery import build_layer, channels_last, kernel_of
@@ -129,7 +130,7 @@ class Measurement:
         """Of the stages of one candidate."""
         prepared = self.prepared[layer.name, candidate.format]
         found = factors_at(candidate.format, layer.conv, prepared, candidate.ranks, self.stabiliser, self.cache)
-        return found.kernels
+        return [rounded(kernel, candidate.bits) for kernel in found.kernels]
 
     def _dense(self, network: Downstream, images: Tensor, first: int) -> tuple[Pass, dict[str, Tensor]]:
         """The dense pass over a batch, and gradients ``(N, K)`` of a random log-likelihood at the layers' outputs."""

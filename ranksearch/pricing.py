@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import inf
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -38,9 +39,9 @@ from ranksearch.errors import (
 )
 from ranksearch.factors import prepared_factors
 from ranksearch.rankmap import RankMap
-from ranksearch.space import PinnedSpec, Space
+from ranksearch.space import PinnedSpec, QuantiseSpec, Space
 from ranksearch.surgery import Layer, count_macs, count_params, find_layers, kernel_of
-from ranksearch.table import DENSE, Candidate, LayerPrices, PriceTable
+from ranksearch.table import DENSE, FLOAT_BITS, Candidate, LayerPrices, PriceTable
 
 Factors = dict[tuple[str, str, Kind], dict[str, Tensor]]
 """(layer, format, kind) to the prepared tensors."""
@@ -272,10 +273,11 @@ def price(
                 )
             ],
         )
+    quantise = space.quantise or _NOTHING
     pinned = []
     for name, pin in selection.pinned.items():
         conv, prepared = selection.layers[name].conv, factors[name, pin.format, kind]
-        pinned.append((name, conv, _candidate(pin.format, conv, tuple(pin.ranks), prepared)))
+        pinned.append((name, conv, _candidate(pin.format, conv, tuple(pin.ranks), prepared, quantise.other_bits)))
     convs = [layer.conv for layer in layers] + [conv for _, conv, _ in pinned]
     table = PriceTable(
         layers=tuple(layers),
@@ -284,6 +286,8 @@ def price(
         dense_macs=selection.macs,
         dense_params=selection.params,
         pinned=tuple(pinned),
+        other_bits=quantise.other_bits,
+        activation_bits=quantise.activation_bits,
     )
     limit = space.budget.max_macs_ratio
     if limit is not None and table.least_macs > limit * table.dense_macs:
@@ -320,10 +324,12 @@ def _candidates(
 ) -> tuple[Candidate, ...]:
     """Candidates of one layer that cost less than dense: the ``own`` ones, and those that none of their format beats.
 
-    A candidate beats another that has no fewer MACs and no less error. Across formats the error says too little of the
-    accuracy to decide: what a search learns, and a measured price, does.
+    A candidate beats another of its width that has no fewer MACs and no less error. Across formats the error says too
+    little of the accuracy to decide: what a search learns, and a measured price, does.
     """
     conv, kind = selection.layers[name].conv, kinds(space)[-1]
+    quantise = space.quantise or _NOTHING
+    widths = sorted(quantise.weight_bits)
     found: list[Candidate] = []
     for form in selection.searched[name]:
         if (name, form, kind) not in factors:
@@ -331,25 +337,37 @@ def _candidates(
         prepared = factors[name, form, kind]
         named = [ranks for other, ranks in own if other == form]
         for ranks in dict.fromkeys((*rank_grid(FORMATS[form], conv, space.ranks), *named)):
-            found.append(_candidate(form, conv, ranks, prepared))
-    found.sort(key=lambda c: (c.macs, c.error, c.params, c.format, c.ranks))
+            found += [_candidate(form, conv, ranks, prepared, bits) for bits in widths]
+    found.sort(key=lambda c: (c.macs, c.bits, c.error, c.params, c.format, c.ranks))
     kept: list[Candidate] = []
-    least: dict[str, float] = {}
+    least: dict[tuple[str, int], float] = {}
     for candidate in found:
         asked_for = (candidate.format, candidate.ranks) in own
-        lowest = least.get(candidate.format, inf)
+        alike = candidate.format, candidate.bits
+        lowest = least.get(alike, inf)
         if candidate.macs < conv.macs and (asked_for or space.ranks.joint or candidate.error < lowest):
             kept.append(candidate)
-            least[candidate.format] = min(lowest, candidate.error)
-    return (*kept, Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0))
+            least[alike] = min(lowest, candidate.error)
+    return (*kept, Candidate(format=DENSE, macs=conv.macs, params=conv.params, error=0.0, bits=quantise.other_bits))
 
 
-def _candidate(form: str, conv: Conv, ranks: Ranks, prepared: Prepared) -> Candidate:
+_NOTHING = QuantiseSpec.model_construct(
+    weight_bits=cast(Any, [FLOAT_BITS]), other_bits=FLOAT_BITS, activation_bits=FLOAT_BITS
+)
+"""The widths of a network that is not quantised."""
+
+_ROUNDING = {4: 0.0115, 8: 0.0001, FLOAT_BITS: 0.0}
+"""Relative squared error of normal numbers rounded to so many bits in the best uniform steps (J. Max, "Quantizing for
+minimum distortion", 1960, table II, whose 8 bits we take from the same rule)."""
+
+
+def _candidate(form: str, conv: Conv, ranks: Ranks, prepared: Prepared, bits: int) -> Candidate:
     stages = compressed_stages(FORMATS[form], conv, ranks)
     return Candidate(
         format=form,
         ranks=ranks,
         macs=sum(stage.macs for stage in stages),
         params=sum(stage.params for stage in stages),
-        error=error(FORMATS[form], conv, prepared, ranks),
+        error=error(FORMATS[form], conv, prepared, ranks) + len(stages) * _ROUNDING[bits],
+        bits=bits,
     )

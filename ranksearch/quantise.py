@@ -37,19 +37,30 @@ def equalised(model: nn.Module, input_shape: Shape, batches: Iterable[Tensor]) -
     pairs = [(one, two) for one, two in neighbours(found, input_shape) if one in layers and two in layers]
     ranges = _ranges(found, {one: layers[one].linear for one, _ in pairs}, batches)
     for one, two in pairs:
-        first, second = found.get_submodule(one), found.get_submodule(two)
-        groups = layers[two].groups
-        columns, _ = kernel_of(second)
-        apart = columns.reshape(groups, -1, *columns.shape[1:])
-        width = apart.transpose(1, 2).flatten(0, 1).flatten(1).abs().amax(1)
-        scale = _balance(ranges[one].to(width), width)
-        rows, bias = kernel_of(first)
-        set_kernel(first, rows / scale.reshape(-1, *[1] * (rows.ndim - 1)))
-        if bias is not None:
-            bias.div_(scale)
-        spread = scale.reshape(groups, 1, -1, *[1] * (columns.ndim - 2))
-        set_kernel(second, (apart * spread).reshape(columns.shape))
+        balance(found.get_submodule(one), found.get_submodule(two), ranges[one])
     return found, len(pairs)
+
+
+@torch.no_grad()
+def balance(first: nn.Module, second: nn.Module, ranges: Tensor) -> None:
+    """Balance the channels between two layers of torch's own, in place: what they compute together stays the same.
+
+    Args:
+        first: whose outputs go into ``second``, with nothing between.
+        second: the other one.
+        ranges: ``(channels,)``: size of the activations between them, up to a common factor.
+    """
+    groups = int(getattr(second, "groups", 1))
+    columns, _ = kernel_of(second)
+    apart = columns.reshape(groups, -1, *columns.shape[1:])
+    width = apart.transpose(1, 2).flatten(0, 1).flatten(1).abs().amax(1)
+    scale = _balance(ranges.to(width), width)
+    rows, bias = kernel_of(first)
+    set_kernel(first, rows / scale.reshape(-1, *[1] * (rows.ndim - 1)))
+    if bias is not None:
+        bias.div_(scale)
+    spread = scale.reshape(groups, 1, -1, *[1] * (columns.ndim - 2))
+    set_kernel(second, (apart * spread).reshape(columns.shape))
 
 
 def _balance(activations: Tensor, weights: Tensor) -> Tensor:

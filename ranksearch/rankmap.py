@@ -35,6 +35,8 @@ class LayerRanks(_Record):
     params: int
     stabilise: StabiliseSpec | None = None
     """How the factors were stabilised, where they are a fit; applied afresh, they are stabilised likewise."""
+    bits: Literal[4, 8, 32] = 32
+    """Of each weight; under 32 the weights are whole multiples of a scale for each output channel."""
 
     @property
     def geometry(self) -> Conv:
@@ -53,6 +55,17 @@ class ModelRecord(_Record):
     """Where the dense weights were read."""
     weights_sha256: str | None = None
     """Hash of the dense weights' tensors (names, shapes, values)."""
+
+
+class WidthsRecord(_Record):
+    """The widths of a network of few bits, beside those of its layers' factors."""
+
+    other_bits: Literal[8, 32]
+    """Of the weights of all other convolutions and linear layers."""
+    activation_bits: Literal[8, 32]
+    """Of what goes into every convolution and linear layer."""
+    clip: Literal["mse", "percentile"]
+    """How the ranges of activations are found."""
 
 
 class WeightsRecord(_Record):
@@ -77,6 +90,8 @@ class RankMap(_Record):
     dense_params: int
     metrics: dict[str, float | int | None] = {}
     """What the search measured: accuracy (report images), accuracy_search, loss, ..."""
+    widths: WidthsRecord | None = None
+    """None where the network computes in float32."""
     weights: WeightsRecord | None = None
     provenance: dict[str, Any] = {}
     """Study, trial, seed, versions, the space's data section."""

@@ -9,6 +9,8 @@ hook, in the moment the activations reach it, so any network works, whatever its
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from math import prod
 from typing import cast
 
 import torch
@@ -17,9 +19,15 @@ from torch import Tensor, nn
 from ranksearch.calibration import Sample, as_image, patches
 from ranksearch.conv import Conv
 from ranksearch.decompositions import FORMATS, OwnGauge, Ranks, compressed_stages, regauged, sensitivity
+from ranksearch.quantise import balance
 from ranksearch.reconstruction import reconstruct
-from ranksearch.stages import geometry, kernel_of, set_kernel
+from ranksearch.rounding import rounded, rounded_to_outputs
+from ranksearch.stages import TiedConv, geometry, kernel_of, set_kernel
 from ranksearch.surgery import evaluating
+from ranksearch.table import FLOAT_BITS
+
+_PATCHES = 8192
+"""Patches at most that the rounding of a stage looks at."""
 
 Chain = tuple[str, Conv, Ranks]
 """The format of a layer that was replaced, its dense geometry and its ranks."""
@@ -33,9 +41,13 @@ def sequential_regression(
     images: Tensor,
     *,
     chains: Mapping[str, Chain] | None = None,
+    bits: Mapping[str, int] | None = None,
     ridge: float = 1e-4,
 ) -> None:
     """Refit, in place, the last stage of the named layers of the compressed ``model``.
+
+    With ``bits`` every stage is rounded as the activations reach it, so that what comes after, first of all the
+    regression of the layer's last stage, makes up for it.
 
     Args:
         model: the compressed network; each named layer is a chain that ends in a layer of torch's own, with a bias.
@@ -43,10 +55,13 @@ def sequential_regression(
         samples: the dense network's outputs of these layers on ``images``.
         images: calibration images ``(N, C, *size)``, the ones that the samples were taken on.
         chains: what the layers were replaced by; given, all their stages are fitted first (see ``reconstruction``).
+        bits: of the weights of the layers that are to be rounded.
         ridge: pull towards the factor there is, relative to the mean square of the features.
     """
     handles = []
+    widths = bits or {}
     for name in names:
+        width = widths.get(name, FLOAT_BITS)
         chain = cast(nn.Sequential, model.get_submodule(name))
 
         def fit(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name, stages: nn.Sequential = chain) -> None:
@@ -54,11 +69,21 @@ def sequential_regression(
             geometries = compressed_stages(FORMATS[form], conv, ranks)
             reconstruct(stages, conv, geometries, inputs[0], samples[name], ridge=ridge)
 
-        def refit(module: nn.Module, inputs: tuple[Tensor, ...], sample: Sample = samples[name]) -> None:
-            _regress(module, inputs[0], sample, ridge)
+        def refit(
+            module: nn.Module, inputs: tuple[Tensor, ...], sample: Sample = samples[name], bits: int = width
+        ) -> None:
+            _regress(module, inputs[0], sample, ridge, bits)
 
         if chains is not None:
             handles.append(chain[0].register_forward_pre_hook(fit))
+        for stage, following in pairwise(chain) if width < FLOAT_BITS else ():
+
+            def coarsen(
+                module: nn.Module, inputs: tuple[Tensor, ...], following: nn.Module = following, bits: int = width
+            ) -> None:
+                _round(module, following, inputs[0], bits)
+
+            handles.append(stage.register_forward_pre_hook(coarsen))
         handles.append(chain[-1].register_forward_pre_hook(refit))
     try:
         with evaluating(model):
@@ -68,21 +93,43 @@ def sequential_regression(
             handle.remove()
 
 
-def _regress(module: nn.Module, x: Tensor, sample: Sample, ridge: float) -> None:
+def _round(module: nn.Module, following: nn.Module, x: Tensor, bits: int) -> None:
+    """Round a stage to its outputs on ``x``, its channels first balanced against the stage that follows."""
+    if isinstance(module, TiedConv):
+        set_kernel(module, rounded(kernel_of(module)[0], bits))
+        return
+    conv = geometry(module, tuple(x.shape))
+    count, each = prod(conv.output_size), max(1, _PATCHES // len(x))
+    pixels = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:each].sort().values
+    features = patches(as_image(x, conv), conv, pixels.to(x.device)).chunk(conv.groups, 1)
+    moments = [(own.flatten(1).T @ own.flatten(1)).double() / len(own) for own in features]
+    if not isinstance(following, TiedConv):
+        rows = kernel_of(module)[0].flatten(1).double().chunk(conv.groups)
+        power = torch.cat([((row @ own) * row).sum(1) for row, own in zip(rows, moments, strict=True)])
+        balance(module, following, power.clamp_min(0).sqrt().float())
+    kernel, _ = kernel_of(module)
+    parts = zip(kernel.chunk(conv.groups), moments, strict=True)
+    found = [rounded_to_outputs(part.flatten(1), own, bits).reshape(part.shape) for part, own in parts]
+    set_kernel(module, torch.cat(found))
+
+
+def _regress(module: nn.Module, x: Tensor, sample: Sample, ridge: float, bits: int) -> None:
     """Weights and bias of one stage by ridge regression of ``sample`` on its input ``x``, one regression a group."""
     conv = geometry(module, tuple(x.shape))
     features = patches(as_image(x, conv), conv, sample.pixels.to(x.device))
     targets = sample.outputs.to(device=x.device, dtype=features.dtype).flatten(0, 1)
     weight, _ = kernel_of(module)
     parts = zip(features.chunk(conv.groups, 1), targets.chunk(conv.groups, 1), weight.chunk(conv.groups), strict=True)
-    found = [_solve(own.flatten(1), out, kernel, ridge) for own, out, kernel in parts]
+    found = [_solve(own.flatten(1), out, kernel, ridge, bits) for own, out, kernel in parts]
     solved = [one for one in found if one is not None]
     if len(solved) == len(found):
         set_kernel(module, torch.cat([kernel for kernel, _ in solved]))
         cast(Tensor, module.bias).copy_(torch.cat([bias for _, bias in solved]))
+    elif bits < FLOAT_BITS:
+        set_kernel(module, rounded(weight, bits))
 
 
-def _solve(features: Tensor, targets: Tensor, kernel: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
+def _solve(features: Tensor, targets: Tensor, kernel: Tensor, ridge: float, bits: int) -> tuple[Tensor, Tensor] | None:
     """Kernel and bias of one group; None where the activations are too ill-conditioned to regress on."""
     current = kernel.flatten(1).T.to(features.dtype)
     mean_in, mean_out = features.mean(0), targets.mean(0)
@@ -98,6 +145,8 @@ def _solve(features: Tensor, targets: Tensor, kernel: Tensor, ridge: float) -> t
     solution = torch.cholesky_solve(cross + pull * current.double(), factor).to(features.dtype)
     if not bool(torch.isfinite(solution).all()):
         return None
+    if bits < FLOAT_BITS:
+        solution = rounded_to_outputs(solution.T, gram / len(features), bits).T
     return solution.T.reshape(kernel.shape), mean_out - mean_in @ solution
 
 

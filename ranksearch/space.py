@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
+Objective = Literal["accuracy", "loss", "macs", "params", "latency", "bit-operations"]
+COSTS = ("macs", "params", "latency", "bit-operations")
+"""The objectives that a network costs."""
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -142,6 +145,23 @@ class StabiliseSpec(Section):
     network as it is; 0 never does. ``none`` never does either."""
     limit: Annotated[float, Field(gt=0)] = 2.0
     """Allowed sensitivity of ``bounded``, as a multiple of that of as many orthogonal terms of equal size."""
+
+
+class QuantiseSpec(Section):
+    """Factors and activations of few bits, as a network of whole numbers computes with them; simulated in float32.
+
+    Weights have a scale for each output channel, activations one for each tensor.
+    """
+
+    weight_bits: Annotated[list[Literal[4, 8]], Field(min_length=1)] = [8]
+    """Widths that the factors of every layer may have: a dimension of the search, beside format and ranks."""
+    other_bits: Literal[8, 32] = 8
+    """Width of the weights of layers that stay dense or are pinned; 32 is float32."""
+    activation_bits: Literal[8, 32] = 8
+    """Width of what goes into every convolution and linear layer, between factors too; 32 is float32."""
+    clip: Literal["mse", "percentile"] = "mse"
+    """Ranges of activations: those of the least squared error of rounding, or without the outermost 0.01 % of values.
+    """
 
 
 class LatencySpec(Section):
@@ -366,12 +386,12 @@ class Space(Section):
     latency: LatencySpec | None = None
     """Given, latencies are measured and every trial has a predicted one, as it has where an objective or a limit is
     the latency."""
-    objectives: Annotated[list[Literal["accuracy", "loss", "macs", "params", "latency"]], Field(min_length=2)] = [
-        "accuracy",
-        "macs",
-    ]
+    quantise: QuantiseSpec | None = None
+    """Given, every trial is scored with weights and activations of few bits; needed for ``bit-operations``."""
+    objectives: Annotated[list[Objective], Field(min_length=2)] = ["accuracy", "macs"]
     """What makes the front; the accuracy and loss are those on the search-validation images. With ``latency``
-    candidates are left out that are no faster than the dense layer."""
+    candidates are left out that are no faster than the dense layer. ``bit-operations`` are MACs times the bits of the
+    weights times those of the activations."""
     budget: BudgetSpec = BudgetSpec()
     strategy: StrategySpec = StrategySpec()
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -386,8 +406,23 @@ class Space(Section):
     def _objectives_differ(self) -> Space:
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError(f"objectives must differ, found {self.objectives}")
-        if not {"accuracy", "loss"} & set(self.objectives) or not {"macs", "params", "latency"} & set(self.objectives):
-            raise ValueError("objectives must hold a quality (accuracy or loss) and a cost (macs, params or latency)")
+        if not {"accuracy", "loss"} & set(self.objectives) or not set(COSTS) & set(self.objectives):
+            raise ValueError(
+                f"objectives must hold a quality (accuracy or loss) and a cost ({', '.join(COSTS[:-1])} or {COSTS[-1]})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _widths(self) -> Space:
+        if "bit-operations" in self.objectives and self.quantise is None:
+            raise ValueError("the objective bit-operations needs widths to count with: add a section `quantise`")
+        if self.quantise is not None:
+            if len(set(self.quantise.weight_bits)) != len(self.quantise.weight_bits):
+                raise ValueError(f"quantise.weight_bits must differ, found {self.quantise.weight_bits}")
+            if "funnel" in (self.strategy.name, *self.strategy.seeds):
+                raise ValueError("a funnel run trains in float32: take another strategy, or leave out `quantise`")
+            if not self.evaluation.refit:
+                raise ValueError("weights of few bits are restored by the regression: quantise needs evaluation.refit")
         return self
 
     @model_validator(mode="after")

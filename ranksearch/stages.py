@@ -5,7 +5,8 @@ Kernels are ``(T, S / groups, *kernel)`` here and everywhere; only this file kno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, cast
 
@@ -14,6 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ranksearch.conv import Conv
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in evaluation mode, every module's mode restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
 
 PLAIN: dict[int, type[nn.modules.conv._ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.modules.conv._ConvNd]] = {
@@ -146,7 +160,7 @@ def kernel_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     bias = cast("Tensor | None", module.bias)
     if isinstance(module, nn.Linear):
         weight = weight[..., None, None]
-    elif groups := _turned_groups(module):
+    elif groups := turned_groups(module):
         weight = turned(weight, groups)
     return weight, None if bias is None else bias.detach()
 
@@ -155,12 +169,12 @@ def kernel_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def set_kernel(module: nn.Module, kernel: Tensor) -> None:
     """Write a kernel as :func:`kernel_of` gives it into the weight of a stage."""
     weight = cast(Tensor, module.weight)
-    if groups := _turned_groups(module):
+    if groups := turned_groups(module):
         kernel = turned(kernel, groups)
     weight.copy_(kernel.reshape(weight.shape))
 
 
-def _turned_groups(module: nn.Module) -> int:
+def turned_groups(module: nn.Module) -> int:
     """The groups of a transposed stage's own weight; 0 for the other stages."""
     if isinstance(module, TiedConv):
         return one_of_tied(module.conv).groups if module.conv.transposed else 0

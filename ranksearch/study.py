@@ -318,6 +318,7 @@ class Study:
             "macs": float(self.setting.dense["macs"]),
             "params": float(self.setting.dense["params"]),
             "latency": self.setting.dense.get("latency_ms", math.nan),
+            "bit-operations": float(self.setting.table.dense_bit_operations),
         }
         scale = [1.0 if name in MAXIMISED else worst[name] for name in self.space.objectives]
         reference = tuple(worst[name] / s for name, s in zip(self.space.objectives, scale, strict=True))

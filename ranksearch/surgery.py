@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,11 @@ from ranksearch.decompositions.format import STABILISED
 from ranksearch.errors import ModelError, RankError, RankMapError, UnsupportedLayer
 from ranksearch.factors import factors_at, prepared_factors
 from ranksearch.rankmap import RankMap
+from ranksearch.rounding import round_weights, widths_of
 from ranksearch.stages import PLAIN, TRANSPOSED
 from ranksearch.stages import build_chain as build_chain
 from ranksearch.stages import build_stage as build_stage
+from ranksearch.stages import evaluating as evaluating
 from ranksearch.stages import geometry as geometry
 from ranksearch.stages import kernel_of as kernel_of
 
@@ -45,18 +46,6 @@ class Layer:
     conv: Conv
     calls: int
     """How often one forward pass runs it."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in evaluation mode, every module's mode restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -138,7 +127,7 @@ def apply_rank_map(
     """A compressed copy of the dense ``model``, each layer of the map decomposed afresh at its ranks.
 
     Factors are activation-aware for the layers that ``statistics`` holds, weight-only for the others; fits are
-    stabilised as the map says.
+    stabilised as the map says, and weights of few bits rounded to their nearest multiples.
 
     Args:
         rank_map: the map.
@@ -157,7 +146,11 @@ def apply_rank_map(
         fit = factors_at(layer.format, conv, prepared, layer.ranks, layer.stabilise or STABILISED, cache)
         form = FORMATS[layer.format]
         modules[name] = build_layer(form, conv, prepared, layer.ranks, bias, weight.dtype, fit.kernels)
-    return replaced(model, modules)
+    found = replaced(model, modules)
+    if rank_map.widths is not None:
+        bits = {name: layer.bits for name, layer in rank_map.layers.items()}
+        round_weights(found, widths_of(found, bits, rank_map.widths.other_bits))
+    return found
 
 
 def skeleton(rank_map: RankMap, model: nn.Module) -> nn.Module:

@@ -35,6 +35,9 @@ UNFOLDINGS: Final = {
 """Formats whose every rank is that of an unfolding of the kernel, with the unfoldings in the order of the ranks."""
 
 
+FLOAT_BITS: Final = 32
+"""Of a weight or an activation that is not quantised."""
+
 GATEABLE: Final = ("tucker2", "svd", "spatial-svd", "channel-svd")
 """Formats whose ranks are the channels between their stages, so that a funnel run can close them one by one."""
 
@@ -57,6 +60,8 @@ class Candidate:
     """Measured losses of replacing this layer alone, by name (see ``MEASURED``)."""
     latency_ms: float | None = None
     """What it adds to the latency of a network, of one batch, where latencies were measured."""
+    bits: int = FLOAT_BITS
+    """Of each of its weights."""
 
     def price(self, name: str) -> float:
         """The loss called ``name``; ``predicted`` is the error, and dense loses nothing unless it was measured.
@@ -153,6 +158,9 @@ class PriceTable:
     """Layers fixed by the user, with their geometry and one candidate; their cost is part of ``other_macs``."""
     timing: Timing | None = None
     """None where no latencies were measured."""
+    other_bits: int = FLOAT_BITS
+    """Of each weight of what is not searched."""
+    activation_bits: int = FLOAT_BITS
 
     def __hash__(self) -> int:
         # Strategies look up at every proposal what they worked out for a table: hashing all its numbers takes longer.
@@ -200,6 +208,19 @@ class PriceTable:
             layer.candidates[i].params for layer, i in zip(self.layers, choices, strict=True)
         )
 
+    def bit_operations(self, choices: Sequence[int]) -> int:
+        """Over the whole network, per image: MACs times the bits of their weight times those of their activation.
+
+        A quantised network is ``dense_bit_operations`` before it is compressed, in float32.
+        """
+        picked = (layer.candidates[i] for layer, i in zip(self.layers, choices, strict=True))
+        return self.activation_bits * (self.other_macs * self.other_bits + sum(c.macs * c.bits for c in picked))
+
+    @property
+    def dense_bit_operations(self) -> int:
+        """Of the whole dense network in float32."""
+        return self.dense_macs * FLOAT_BITS**2
+
     def latency_ms(self, choices: Sequence[int]) -> float | None:
         """Predicted milliseconds of one batch under these choices; None where no latencies were measured."""
         if self.timing is None:
@@ -238,6 +259,8 @@ class PriceTable:
             "dense_params": self.dense_params,
             "pinned": [[name, conv.to_json(), asdict(candidate)] for name, conv, candidate in self.pinned],
             "timing": None if self.timing is None else asdict(self.timing),
+            "other_bits": self.other_bits,
+            "activation_bits": self.activation_bits,
         }
 
     @classmethod
@@ -260,6 +283,8 @@ class PriceTable:
             dense_params=data["dense_params"],
             pinned=tuple((name, Conv.from_json(conv), _candidate(c)) for name, conv, c in data["pinned"]),
             timing=None if timing is None else Timing(**timing),
+            other_bits=data.get("other_bits", FLOAT_BITS),
+            activation_bits=data.get("activation_bits", FLOAT_BITS),
         )
 
 

@@ -55,6 +55,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("accuracy_search", "loss", "seconds"), (int, float)),
     **dict.fromkeys(("macs", "params", "report_images"), (int,)),
     **dict.fromkeys(("accuracy", "latency_ms"), (int, float, type(None))),
+    **dict.fromkeys(("bit_operations", "weight_bytes"), (int, type(None))),
     "weights": (str, type(None)),
     "details": (dict,),
     "layers": (dict, type(None)),
@@ -86,6 +87,10 @@ class Outcome:
     """
     latency_ms: float | None = None
     """Predicted milliseconds of one batch, where latencies were measured."""
+    bit_operations: int | None = None
+    """Per image, of networks of few bits."""
+    weight_bytes: int | None = None
+    """Of all its numbers: weights of few bits with their scales, and the rest in float32; of networks of few bits."""
     layers: dict[str, Any] | None = None
     """The layers of a funnel run's rank map, each as the JSON of a :class:`ranksearch.rankmap.LayerRanks`; None where
     the proposal's choices are the rank map."""
@@ -216,6 +221,7 @@ def objective_values(outcome: Outcome, objectives: tuple[str, ...]) -> tuple[flo
         "macs": float(outcome.macs),
         "params": float(outcome.params),
         "latency": outcome.latency_ms if outcome.latency_ms is not None else nan,
+        "bit-operations": nan if outcome.bit_operations is None else float(outcome.bit_operations),
     }
     return tuple(known[name] for name in objectives)
 

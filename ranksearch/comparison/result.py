@@ -22,7 +22,7 @@ from ranksearch.trial import Outcome, Trial
 if TYPE_CHECKING:
     import pandas as pd
 
-Choice = frozenset[tuple[str, str, tuple[int, ...]]]
+Choice = frozenset[tuple[str, str, tuple[int, ...], int]]
 """A rank map by what it makes of every layer: name, format, ranks. Dense layers are left out."""
 
 
@@ -210,7 +210,7 @@ def chosen(study: Study, target: float) -> Trial | None:
 def choice_of(study: Study, trial: Trial) -> Choice:
     """What a trial made of every layer."""
     layers = rank_map_of(study, trial).layers
-    return frozenset((name, layer.format, layer.ranks) for name, layer in layers.items())
+    return frozenset((name, layer.format, layer.ranks, layer.bits) for name, layer in layers.items())
 
 
 def _cell(study: Study, target: float, after: Mapping[Choice, float]) -> Cell:

@@ -23,6 +23,7 @@ from ranksearch.rankmap import RankMap
 from ranksearch.space import Space
 from ranksearch.storage import Store
 from ranksearch.study import Study
+from ranksearch.table import FLOAT_BITS
 
 _logger = logging.getLogger("ranksearch")
 
@@ -244,7 +245,10 @@ def _copied(paths: Sequence[str | Path], folder: Path) -> list[Path]:
 
 def _kept(rank_map: RankMap, folder: Path) -> Path:
     """Write a rank map under the hash of its layers, formats and ranks, so that a study always finds what it began."""
-    layers = {name: (layer.format, layer.ranks) for name, layer in rank_map.layers.items()}
+    layers = {
+        name: (layer.format, layer.ranks, *([layer.bits] if layer.bits < FLOAT_BITS else ()))
+        for name, layer in rank_map.layers.items()
+    }
     digest = hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()
     path = folder / f"{digest[:16]}.json"
     if not path.exists():

@@ -17,7 +17,7 @@ from ranksearch.errors import PriceError
 from ranksearch.strategies.ladder import Choices
 from ranksearch.table import Candidate, PriceTable
 
-Cost = Literal["macs", "params", "latency"]
+Cost = Literal["macs", "params", "latency", "bit-operations"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,11 @@ class Corner:
 
 
 def cost_of(candidate: Candidate, cost: Cost) -> int:
-    """MACs per image, parameters, or whole nanoseconds of a batch."""
+    """MACs per image, parameters, whole nanoseconds of a batch, or bit operations with activations of one bit."""
     if cost == "latency":
         return round(1e6 * (candidate.latency_ms or 0.0))
+    if cost == "bit-operations":
+        return candidate.macs * candidate.bits
     return candidate.macs if cost == "macs" else candidate.params
 
 
@@ -54,6 +56,8 @@ def whole_cost(table: PriceTable, cost: Cost) -> tuple[int, int]:
         if table.timing is None:
             raise PriceError("the price table must have latencies, found none. Give the space a `latency` section.")
         return round(1e6 * table.timing.dense_ms), round(1e6 * table.timing.other_ms)
+    if cost == "bit-operations":
+        return table.dense_bit_operations // table.activation_bits, table.other_macs * table.other_bits
     return (table.dense_macs, table.other_macs) if cost == "macs" else (table.dense_params, table.other_params)
 
 

@@ -132,7 +132,8 @@ class View:
         study, outcome = self._study, trial.outcome
         metrics: dict[str, Any] = {}
         if outcome is not None:
-            measured = ("accuracy", "accuracy_search", "loss", "macs", "params", "latency_ms", "seconds")
+            measured = ("accuracy", "accuracy_search", "loss", "macs", "params", "latency_ms", "bit_operations",
+                        "weight_bytes", "seconds")  # fmt: skip
             metrics = {name: getattr(outcome, name) for name in measured if getattr(outcome, name) is not None}
             if seen := outcome.details.get("sensitivity"):  # over the steps of fine-tuning
                 metrics |= {"sensitivity_start": seen[0][1], "sensitivity": seen[-1][1]}

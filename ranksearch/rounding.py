@@ -1,0 +1,224 @@
+"""Weights and activations of few bits: kernels rounded to whole multiples of a scale, and their simulation.
+
+Weights are symmetric, with one scale for each output channel; activations have one range for each tensor. Folding a
+batch norm into a kernel multiplies its output channels, so that a rounded kernel stays one. Kernels are rounded one
+input after another, each error made up for by the inputs that are still to come (E. Frantar et al., "GPTQ", 2022,
+arXiv 2210.17323, algorithm 1), which is the regression of the layer's outputs under the rule that weights are whole
+multiples. Rounding itself, and the gradient that it lets through, are PyTorch's ``fake_quantize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ranksearch.stages import PLAIN, TRANSPOSED, TiedConv, evaluating, kernel_of, set_kernel, turned, turned_groups
+from ranksearch.table import FLOAT_BITS
+
+Clip = Literal["mse", "percentile"]
+
+_SHARES = tuple(1 - i / 80 for i in range(41))
+"""Clips of a range that are tried, from all of it to half of it."""
+_OUTERMOST = 1e-4
+"""Share of the values that the percentile leaves out, half at each end."""
+_SAMPLE = 2**16
+"""Values of an activation that its range is found on."""
+_DAMPING = 0.01
+"""Added to the diagonal of the second moments, relative to its mean, as in GPTQ."""
+
+
+def rounded(kernel: Tensor, bits: int) -> Tensor:
+    """``kernel`` ``(T, ...)`` with each output channel rounded at its scale of least squared error; itself at 32 bits.
+
+    Rounding what is rounded already changes nothing but the last digits.
+    """
+    if bits == FLOAT_BITS:
+        return kernel
+    return _rounded_at(kernel, scales(kernel, bits), bits)
+
+
+def scales(kernel: Tensor, bits: int) -> Tensor:
+    """``(T,)``, float32: the step of each output channel, of least squared error among clips of its range."""
+    largest, rows = 2 ** (bits - 1) - 1, kernel.detach().flatten(1).float()
+    whole = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 1e6) / largest
+    best: Tensor = whole
+    least = torch.full_like(whole, torch.inf)
+    for share in _SHARES:  # of equal errors the unclipped range is kept
+        error = (_rounded_at(rows, share * whole, bits) - rows).square().sum(1)
+        best, least = torch.where(error < least, share * whole, best), torch.minimum(error, least)
+    return best
+
+
+def _rounded_at(kernel: Tensor, scale: Tensor, bits: int) -> Tensor:
+    largest, zero = 2 ** (bits - 1) - 1, torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(kernel, scale, zero, 0, -largest, largest)
+
+
+def rounded_to_outputs(kernel: Tensor, moments: Tensor, bits: int) -> Tensor:
+    """``kernel`` ``(T, S)`` rounded so that its outputs change little (GPTQ, algorithm 1).
+
+    Args:
+        kernel: one row an output channel.
+        moments: ``(S, S)``, float64: second moments of the inputs.
+        bits: of each weight.
+
+    Falls back to the nearest multiples where the moments cannot be factorised.
+    """
+    step, largest = scales(kernel, bits).double(), 2 ** (bits - 1) - 1
+    moments = moments + _DAMPING * moments.diagonal().mean().clamp_min(1e-12) * torch.eye(len(moments)).to(moments)
+    # Inputs of much variance first: those after make up for them.
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    factor, info = torch.linalg.cholesky_ex(moments[order][:, order])
+    if int(info) != 0:
+        return rounded(kernel, bits)
+    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if int(info) != 0:
+        return rounded(kernel, bits)
+    rest, found = kernel[:, order].double(), torch.empty_like(kernel, dtype=torch.float64)
+    for i in range(len(order)):
+        found[:, i] = step * (rest[:, i] / step).round().clamp(-largest, largest)
+        error = (rest[:, i] - found[:, i]) / upper[i, i]
+        rest[:, i + 1 :] -= torch.outer(error, upper[i, i + 1 :])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    found = found[:, back].to(kernel.dtype)
+    return found if bool(torch.isfinite(found).all()) else rounded(kernel, bits)
+
+
+def widths_of(model: nn.Module, layers: Mapping[str, int], other: int) -> dict[str, int]:
+    """Name to bits of every convolution and linear layer of ``model``.
+
+    Args:
+        model: a compressed network.
+        layers: bits of the layers that are chains of stages; a chain's stages all have them.
+        other: bits of all others.
+    """
+    kinds = (nn.Linear, TiedConv, *PLAIN.values(), *TRANSPOSED.values())
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return {name: layers.get(name.rpartition(".")[0], other) for name in names}
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, widths: Mapping[str, int]) -> None:
+    """Round the kernels of the named modules in place, each to its nearest multiples."""
+    for name, bits in widths.items():
+        module = model.get_submodule(name)
+        set_kernel(module, rounded(kernel_of(module)[0], bits))
+
+
+def weight_bytes(model: nn.Module, widths: Mapping[str, int]) -> int:
+    """Bytes of all numbers of ``model``: of named modules weights of few bits and float32 scales, the rest float32."""
+    total = sum(4 * p.numel() for p in model.parameters())
+    for name, bits in widths.items():
+        weight = cast(Tensor, model.get_submodule(name).weight)
+        if bits < FLOAT_BITS:
+            total += -(-weight.numel() * bits // 8) + 4 * len(weight) - 4 * weight.numel()
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Where the values of one activation lie."""
+
+    scale: float
+    zero_point: int
+    """From 0 to 255."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` rounded to eight bits; gradients pass where it is not clipped."""
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 255)
+
+
+def range_of(x: Tensor, clip: Clip) -> Range:
+    """The range of eight bits for values like those of ``x``; of values of both signs zero is a multiple, too."""
+    values = x.detach().float().flatten()
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    sample = values[:: max(1, len(values) // _SAMPLE)]
+    if clip == "percentile":
+        ends = torch.quantile(sample, torch.tensor([_OUTERMOST / 2, 1 - _OUTERMOST / 2]).to(sample))
+        return _range(min(0.0, float(ends[0])), max(0.0, float(ends[1])))
+    tried = [_range(share * low, share * high) for share in _SHARES]
+    errors = [float((each(sample) - sample).square().sum()) for each in tried]
+    return tried[min(range(len(tried)), key=errors.__getitem__)]
+
+
+def _range(low: float, high: float) -> Range:
+    scale = max((high - low) / 255, 1e-30)
+    return Range(scale=scale, zero_point=min(255, max(0, round(-low / scale))))
+
+
+@torch.no_grad()
+def ranges(model: nn.Module, names: Iterable[str], images: Tensor, clip: Clip) -> dict[str, Range]:
+    """The ranges of what goes into the named modules, on calibration images ``(N, C, *size)``; modes are restored."""
+    found: dict[str, Range] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[name] = range_of(inputs[0], clip)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    try:
+        with evaluating(model):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def rounding_activations(model: nn.Module, known: Mapping[str, Range]) -> Iterator[None]:
+    """Meanwhile what goes into the named modules is rounded to eight bits."""
+
+    def hook(each: Range) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda module, inputs: (each(inputs[0]), *inputs[1:])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(each)) for name, each in known.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Rounded(nn.Module):
+    """A weight as its nearest multiples of steps that stay as they were, where training begins."""
+
+    def __init__(self, module: nn.Module, bits: int) -> None:
+        super().__init__()
+        self.bits, self.groups = bits, turned_groups(module)
+        self.scale: Tensor
+        self.register_buffer("scale", scales(self._kernel(cast(Tensor, module.weight)), bits), persistent=False)
+
+    def _kernel(self, weight: Tensor) -> Tensor:
+        return turned(weight, self.groups) if self.groups else weight
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rounded weight, as PyTorch stores it."""
+        return self._kernel(_rounded_at(self._kernel(weight), self.scale, self.bits))
+
+
+def round_while_training(model: nn.Module, widths: Mapping[str, int]) -> None:
+    """Let the named modules compute with rounded weights, while training moves what is rounded.
+
+    Gradients pass straight through (Y. Bengio et al. 2013, arXiv 1308.3432), as deep as :func:`round_for_good`.
+    """
+    for name, bits in widths.items():
+        if bits < FLOAT_BITS:
+            module = model.get_submodule(name)
+            parametrize.register_parametrization(module, "weight", _Rounded(module, bits))
+
+
+def round_for_good(model: nn.Module) -> None:
+    """Leave the rounded weights of :func:`round_while_training` as the modules' own."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
