@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from math import prod
 from typing import cast
 
 import torch
@@ -25,9 +24,6 @@ from ranksearch.rounding import rounded, rounded_to_outputs
 from ranksearch.stages import TiedConv, geometry, kernel_of, set_kernel
 from ranksearch.surgery import evaluating
 from ranksearch.table import FLOAT_BITS
-
-_PATCHES = 8192
-"""Patches at most that the rounding of a stage looks at."""
 
 Chain = tuple[str, Conv, Ranks]
 """The format of a layer that was replaced, its dense geometry and its ranks."""
@@ -94,23 +90,16 @@ def sequential_regression(
 
 
 def _round(module: nn.Module, following: nn.Module, x: Tensor, bits: int) -> None:
-    """Round a stage to its outputs on ``x``, its channels first balanced against the stage that follows."""
-    if isinstance(module, TiedConv):
-        set_kernel(module, rounded(kernel_of(module)[0], bits))
-        return
-    conv = geometry(module, tuple(x.shape))
-    count, each = prod(conv.output_size), max(1, _PATCHES // len(x))
-    pixels = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:each].sort().values
-    features = patches(as_image(x, conv), conv, pixels.to(x.device)).chunk(conv.groups, 1)
-    moments = [(own.flatten(1).T @ own.flatten(1)).double() / len(own) for own in features]
-    if not isinstance(following, TiedConv):
-        rows = kernel_of(module)[0].flatten(1).double().chunk(conv.groups)
-        power = torch.cat([((row @ own) * row).sum(1) for row, own in zip(rows, moments, strict=True)])
-        balance(module, following, power.clamp_min(0).sqrt().float())
-    kernel, _ = kernel_of(module)
-    parts = zip(kernel.chunk(conv.groups), moments, strict=True)
-    found = [rounded_to_outputs(part.flatten(1), own, bits).reshape(part.shape) for part, own in parts]
-    set_kernel(module, torch.cat(found))
+    """Round a stage to its nearest multiples, its channels first balanced against the stage that follows.
+
+    Not to its outputs, as the last stage is: that lost more, since what matters of an inner stage is the space that its
+    outputs span, in which the regression still moves.
+    """
+    if not isinstance(module, TiedConv) and not isinstance(following, TiedConv):
+        conv = geometry(module, tuple(x.shape))
+        outputs = as_image(module.forward(x), conv)
+        balance(module, following, outputs.movedim(1, 0).flatten(1).square().mean(1).sqrt())
+    set_kernel(module, rounded(kernel_of(module)[0], bits))
 
 
 def _regress(module: nn.Module, x: Tensor, sample: Sample, ridge: float, bits: int) -> None:

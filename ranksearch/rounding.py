@@ -1,9 +1,9 @@
 """Weights and activations of few bits: kernels rounded to whole multiples of a scale, and their simulation.
 
 Weights are symmetric, with one scale for each output channel; activations have one range for each tensor. Folding a
-batch norm into a kernel multiplies its output channels, so that a rounded kernel stays one. Kernels are rounded one
-input after another, each error made up for by the inputs that are still to come (E. Frantar et al., "GPTQ", 2022,
-arXiv 2210.17323, algorithm 1), which is the regression of the layer's outputs under the rule that weights are whole
+batch norm into a kernel multiplies its output channels, so that a rounded kernel stays one. A kernel is rounded to its
+nearest multiples, or to its outputs: one input after another, each error made up for by the inputs that are still to
+come (E. Frantar et al., "GPTQ", 2022, arXiv 2210.17323, algorithm 1), which is a regression whose solution is whole
 multiples. Rounding itself, and the gradient that it lets through, are PyTorch's ``fake_quantize``.
 """
 
@@ -45,8 +45,7 @@ def rounded(kernel: Tensor, bits: int) -> Tensor:
 
 def scales(kernel: Tensor, bits: int) -> Tensor:
     """``(T,)``, float32: the step of each output channel, of least squared error among clips of its range."""
-    largest, rows = 2 ** (bits - 1) - 1, kernel.detach().flatten(1).float()
-    whole = rows.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 1e6) / largest
+    rows, whole = kernel.detach().flatten(1).float(), _whole(kernel, bits)
     best: Tensor = whole
     least = torch.full_like(whole, torch.inf)
     for share in _SHARES:  # of equal errors the unclipped range is kept
@@ -55,40 +54,61 @@ def scales(kernel: Tensor, bits: int) -> Tensor:
     return best
 
 
+def _whole(kernel: Tensor, bits: int) -> Tensor:
+    """The steps with which nothing is clipped."""
+    largest, tiny = 2 ** (bits - 1) - 1, torch.finfo(torch.float32).tiny * 1e6
+    found: Tensor = kernel.detach().flatten(1).float().abs().amax(1).clamp_min(tiny) / largest
+    return found
+
+
 def _rounded_at(kernel: Tensor, scale: Tensor, bits: int) -> Tensor:
     largest, zero = 2 ** (bits - 1) - 1, torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(kernel, scale, zero, 0, -largest, largest)
 
 
 def rounded_to_outputs(kernel: Tensor, moments: Tensor, bits: int) -> Tensor:
-    """``kernel`` ``(T, S)`` rounded so that its outputs change little (GPTQ, algorithm 1).
+    """``kernel`` ``(T, S)`` rounded so that its outputs change little (GPTQ, algorithm 1); no row more than nearest.
 
     Args:
         kernel: one row an output channel.
         moments: ``(S, S)``, float64: second moments of the inputs.
         bits: of each weight.
 
-    Falls back to the nearest multiples where the moments cannot be factorised.
+    Where the moments cannot be factorised, the nearest multiples.
     """
-    step, largest = scales(kernel, bits).double(), 2 ** (bits - 1) - 1
     moments = moments + _DAMPING * moments.diagonal().mean().clamp_min(1e-12) * torch.eye(len(moments)).to(moments)
     # Inputs of much variance first: those after make up for them.
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
-    factor, info = torch.linalg.cholesky_ex(moments[order][:, order])
-    if int(info) != 0:
-        return rounded(kernel, bits)
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-    if int(info) != 0:
-        return rounded(kernel, bits)
-    rest, found = kernel[:, order].double(), torch.empty_like(kernel, dtype=torch.float64)
-    for i in range(len(order)):
+    best = rounded(kernel, bits)
+    factor, failed = torch.linalg.cholesky_ex(moments[order][:, order])
+    if int(failed):
+        return best
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if int(failed):
+        return best
+    least = _lost(best, kernel, moments)
+    # Clipped, a channel has less room to make up for others' errors: its whole range is tried, too.
+    for step in (scales(kernel, bits), _whole(kernel, bits)):
+        found = _descending(kernel[:, order].double(), upper, step.double(), bits)[:, torch.argsort(order)]
+        found = found.to(kernel.dtype)
+        lost = _lost(found, kernel, moments)
+        best, least = torch.where((lost < least)[:, None], found, best), torch.minimum(lost, least)
+    return best
+
+
+def _lost(found: Tensor, kernel: Tensor, moments: Tensor) -> Tensor:
+    """Mean squared change of every output; not a number where the rounding is none."""
+    apart = (found - kernel).double()
+    return ((apart @ moments) * apart).sum(1)
+
+
+def _descending(rest: Tensor, upper: Tensor, step: Tensor, bits: int) -> Tensor:
+    """One column after another rounded, those to the right changed to make up for it."""
+    largest, found = 2 ** (bits - 1) - 1, torch.empty_like(rest)
+    for i in range(rest.shape[1]):
         found[:, i] = step * (rest[:, i] / step).round().clamp(-largest, largest)
-        error = (rest[:, i] - found[:, i]) / upper[i, i]
-        rest[:, i + 1 :] -= torch.outer(error, upper[i, i + 1 :])
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    found = found[:, back].to(kernel.dtype)
-    return found if bool(torch.isfinite(found).all()) else rounded(kernel, bits)
+        rest[:, i + 1 :] -= torch.outer((rest[:, i] - found[:, i]) / upper[i, i], upper[i, i + 1 :])
+    return found
 
 
 def widths_of(model: nn.Module, layers: Mapping[str, int], other: int) -> dict[str, int]:

@@ -52,8 +52,9 @@ def percent(value: float | None, digits: int = 2) -> str:
 def front_table(study: Study) -> Table:
     """The front, the dense network last."""
     columns = ["trial", "accuracy %", "95 % interval", "search %", "MACs %", "GMACs", "params", "origin"]
-    timed = study.setting.table.timing is not None
-    made = table(*columns[:-1], *(["ms"] if timed else []), columns[-1])
+    timed, few = study.setting.table.timing is not None, study.space.quantise is not None
+    made = table(*columns[:-1], *(["bit ops %", "kB"] if few else []), *(["ms"] if timed else []), columns[-1])
+    whole = study.setting.table.dense_bit_operations
     for row in records(study.front()):
         low, high = percent(row["accuracy_low"], 1), percent(row["accuracy_high"], 1)
         made.add_row(
@@ -64,12 +65,14 @@ def front_table(study: Study) -> Table:
             percent(row["macs_ratio"], 1),
             f"{row['gmacs']:.4g}",
             f"{row['params']:,}",
+            *([percent(row["bit_operations"] / whole, 2), f"{row['weight_bytes'] / 1e3:,.1f}"] if few else []),
             *([f"{row['latency_ms']:.4g}"] if timed else []),
             row["origin"],
         )
     dense = study.setting.dense
     scores = (percent(dense["accuracy"]), "", percent(dense["accuracy_search"]))
     costs = ["100.0", f"{dense['macs'] / 1e9:.4g}", f"{int(dense['params']):,}"]
+    costs += ["100.00", f"{4 * dense['params'] / 1e3:,.1f}"] if few else []
     costs += [f"{dense['latency_ms']:.4g}"] if timed else []
     made.add_row("dense", *scores, *costs, "", style="dim")
     return made

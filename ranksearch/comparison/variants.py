@@ -51,7 +51,8 @@ class Variant:
 def variants_of(space: Space, strategies: Sequence[str], maps: Mapping[str, Sequence[Path]]) -> list[Variant]:
     """The rows of a comparison.
 
-    What the space says of its strategy (options, seeds, rank maps) goes with that strategy alone.
+    What the space says of its strategy (options, seeds, rank maps) goes with that strategy alone; but seeds that it
+    names go with ``optuna``, whatever its own strategy: nothing else starts from some.
 
     Args:
         space: what is searched.
@@ -108,7 +109,9 @@ def _spec(spec: StrategySpec, name: str, sampler: str | None) -> StrategySpec:
     if name != spec.name:
         update: dict[str, Any] = {"name": name, "sampler": None}
         if name == _WITH_SAMPLER:
-            update |= {"sampler": sampler, "seeds": StrategySpec().seeds}
+            # Named by the space, they are meant for it: nothing else starts from seeds.
+            seeds = spec.seeds if "seeds" in spec.model_fields_set else StrategySpec().seeds
+            update |= {"sampler": sampler, "seeds": seeds}
         return _bare(spec).model_copy(update=update)
     return spec if same_sampler else spec.model_copy(update={"sampler": sampler, "options": {}})
 

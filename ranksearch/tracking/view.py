@@ -22,7 +22,7 @@ from ranksearch.pictures import (
 from ranksearch.space import Space
 from ranksearch.strategies import DEFAULT_SAMPLERS
 from ranksearch.study import Study
-from ranksearch.table import DENSE, PriceTable
+from ranksearch.table import DENSE, FLOAT_BITS, Candidate, PriceTable
 from ranksearch.tracking.store import shown
 from ranksearch.tracking.story import about, about_trial, inputs, view_tag
 from ranksearch.tracking.tracker import NOTE, Tracker, TrialRecord
@@ -186,13 +186,17 @@ def _params(trial: Trial, table: PriceTable) -> dict[str, str]:
     """Layer to its choice; of a funnel run its settings, and the choices that it ended in, if it did."""
     if not trial.proposal.funnel:
         picked = table.picked(trial.proposal.choices).items()
-        return {name: f"{c.format}{c.ranks}" if c.ranks else c.format for name, c in picked}
+        return {name: f"{c.format}{c.ranks or ''}" + _width(c) for name, c in picked}
     settings = {f"funnel.{name}": str(value) for name, value in trial.proposal.settings.items()}
     if trial.outcome is None:
         return settings
     found = trial.outcome.layers or {}
     ranks = {name: f"{layer['format']}{tuple(layer['ranks'])}" for name, layer in found.items()}
     return settings | dict.fromkeys(table.convs, DENSE) | ranks
+
+
+def _width(candidate: Candidate) -> str:
+    return f" at {candidate.bits} bits" if candidate.bits < FLOAT_BITS else ""
 
 
 def _series(history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:

@@ -30,7 +30,8 @@ from tests.killed import fine_tune_in_child
 from tests.maps import rank_map_for
 
 DATA = DataSpec(train_images=320, calibration_images=64, search_images=100, report_images=200, mean=[0.3], std=[0.4])
-SPEC = FineTuneSpec(epochs=6, batch_images=32, learning_rate=0.05, distill=0.2)
+SGD: dict[str, Any] = {"optimiser": "sgd", "batch_norm": "batch"}
+SPEC = FineTuneSpec(epochs=6, batch_images=32, learning_rate=0.05, distill=0.2, **SGD)
 """Sixty steps."""
 EPOCHS = 30
 """Of the training that is killed."""
@@ -179,7 +180,7 @@ class Dropping(nn.Sequential):
 
 def test_what_layers_draw_is_the_trainings_own_through_an_interruption(tmp_path: Path) -> None:
     data = load_data(DATA, cache=tmp_path, seed=0)
-    spec = FineTuneSpec(epochs=3, batch_images=64, learning_rate=0.05)
+    spec = FineTuneSpec(epochs=3, batch_images=64, learning_rate=0.05, **SGD)
     schedule = Schedule(spec=spec, dtype=torch.float32, ema_decay=0.5, seed=0, threads=1, batch_images=100)
 
     def training(name: str) -> Retraining:
@@ -209,7 +210,7 @@ def test_what_layers_draw_is_the_trainings_own_through_an_interruption(tmp_path:
 
 
 def test_the_average_is_that_of_all_steps(tmp_path: Path) -> None:
-    spec = FineTuneSpec(steps=7, batch_images=32, learning_rate=0.05)
+    spec = FineTuneSpec(steps=7, batch_images=32, learning_rate=0.05, **SGD)
     training = _retraining(tmp_path, ema=0.4, spec=spec)
     model, key = training.model, "stem.weight"
     seen = [model.state_dict()[key].clone().double().numpy()]

@@ -27,6 +27,7 @@ from ranksearch.driver import Driver
 from ranksearch.engine.local import LocalEngine
 from ranksearch.errors import SpaceError, StudyError
 from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
+from ranksearch.space import StrategySpec
 from ranksearch.storage import Store
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.study import INTERRUPTED, Study
@@ -212,6 +213,10 @@ def test_what_a_space_says_of_its_strategy_goes_with_that_alone() -> None:
     assert (tpe.spec.sampler, tpe.spec.options, tpe.spec.seeds) == ("tpe", {}, SPACE.strategy.seeds)
     assert (knapsack.spec.name, knapsack.spec.options, knapsack.spec.seeds) == ("knapsack", {}, [])
     assert tpe.slug == "optuna-tpe"
+    cold = SPACE.model_copy(update={"strategy": StrategySpec(name="auto", seeds=[])})
+    assert variants_of(cold, ["optuna"], {})[0].spec.seeds == [], "seeds that are named are heeded"
+    usual = SPACE.model_copy(update={"strategy": StrategySpec(name="auto")})
+    assert variants_of(usual, ["optuna"], {})[0].spec.seeds == ["uniform", "energy"]
     unnamed = SPACE.model_copy(update={"strategy": SPACE.strategy.model_copy(update={"sampler": None})})
     (default,) = variants_of(unnamed, ["optuna:nsga2"], {})
     assert default.spec.options == {"population_size": 4}
