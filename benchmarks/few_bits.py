@@ -1,9 +1,9 @@
 """ResNet-20 on CIFAR-10 with factors and activations of few bits, nothing trained; Markdown.
 
 Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.few_bits``, the folder as
-``search_spaces/resnet20-cifar10.yaml`` describes it. Of each format the knapsack's rank map by predicted error at half of
-the MACs, activation-aware, all factors refitted: in float32, then with weights of 8 and 4 bits and activations of 8, the
-layers left dense at 8. Last, what rounding to 4 bits costs when it comes after the regression instead of within it.
+``search_spaces/resnet20-cifar10.yaml`` describes it. Of each format the knapsack's rank map by predicted error at half
+of the MACs, activation-aware, all factors refitted: in float32, then with weights of 8 and 4 bits and activations of 8,
+the layers left dense at 8. Last, what rounding to 4 bits costs when it comes after the regression instead of within it.
 """
 
 from __future__ import annotations

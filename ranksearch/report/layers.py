@@ -16,6 +16,7 @@ from ranksearch.latency import latency_ms
 from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import RankMap
 from ranksearch.surgery import find_layers
+from ranksearch.table import FLOAT_BITS
 
 _SECONDS = 0.05
 """For which one layer is timed."""
@@ -29,6 +30,8 @@ class LayerReport:
     format: str
     """``dense`` where it stays so."""
     ranks: tuple[int, ...]
+    bits: int
+    """Of each weight."""
     conv: Conv
     calls: int
     """How often one forward pass runs it; costs are those of one call."""
@@ -60,6 +63,7 @@ def measure_layers(
     """
     errors = _errors(rank_map, dense, compressed, batches)
     found = []
+    other_bits = FLOAT_BITS if rank_map.widths is None else rank_map.widths.other_bits
     layers = find_layers(dense, rank_map.model.input_shape)
     for i, layer in enumerate(layers):
         notify("timing layers", i, len(layers))
@@ -72,6 +76,7 @@ def measure_layers(
                 name=layer.name,
                 format="dense" if chosen is None else chosen.format,
                 ranks=() if chosen is None else chosen.ranks,
+                bits=other_bits if chosen is None else chosen.bits,
                 conv=layer.conv,
                 calls=layer.calls,
                 dense_macs=layer.conv.macs,

@@ -18,6 +18,7 @@ from ranksearch.rankmap import RankMap
 from ranksearch.recorded import RECORDED, read_pair, scoring_of
 from ranksearch.report.layers import LayerReport, measure_layers
 from ranksearch.storage import Store
+from ranksearch.table import FLOAT_BITS
 
 _IMAGES = 256
 """Calibration images on which the errors of layers are measured."""
@@ -160,6 +161,11 @@ def _side_by_side(found: Comparison) -> str:
         ("MACs per image", f"{dense.macs:,}", f"{ours.macs:,}", f"{ours.macs / dense.macs:.3f}"),
         ("parameters", f"{dense.params:,}", f"{ours.params:,}", f"{ours.params / dense.params:.3f}"),
     ]
+    known = found.rank_map.metrics
+    if (operations := known.get("bit_operations")) is not None and (size := known.get("weight_bytes")) is not None:
+        whole, floats = dense.macs * FLOAT_BITS**2, 4 * dense.params
+        rows.append(("bit operations per image", f"{whole:,}", f"{operations:,}", f"{operations / whole:.3f}"))
+        rows.append(("weights, bytes", f"{floats:,}", f"{size:,}", f"{size / floats:.3f}"))
     for size, before in dense.latency_ms.items():
         after = ours.latency_ms[size]
         rows.append((f"latency, batch {size}, ms", f"{before:.3f}", f"{after:.3f}", f"{after / before:.3f}"))
@@ -180,7 +186,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
                 (
                     html.escape(one.name) + (f" (runs {one.calls} times)" if one.calls > 1 else ""),
                     kernel,
-                    html.escape(one.format),
+                    html.escape(one.format) + (f", {one.bits} bits" if one.bits < FLOAT_BITS else ""),
                     ", ".join(map(str, one.ranks)),
                     f"{one.macs:,}",
                     _percent(one.macs / one.dense_macs),

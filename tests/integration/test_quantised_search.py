@@ -15,6 +15,7 @@ from ranksearch.finetuning import finetune
 from ranksearch.handover import compare, export_trial
 from ranksearch.launch import search
 from ranksearch.rankmap import RankMap
+from ranksearch.report import write_report
 from ranksearch.space import FineTuneSpec
 from ranksearch.storage import Store
 from ranksearch.study import Study
@@ -87,6 +88,10 @@ def test_what_is_exported_scores_as_the_trial_did(study: Study, folder: Path, tm
     assert made.metrics["bit_operations"] == trial.outcome.bit_operations  # type: ignore[union-attr]
     scored = compare(tmp_path / "m.json", storage=folder)
     assert scored.compressed.accuracy == trial.outcome.accuracy  # type: ignore[union-attr]
+    write_report(tmp_path / "m.json", tmp_path / "page.html", storage=folder)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"{trial.outcome.bit_operations:,}" in page  # type: ignore[union-attr]
+    assert any(f", {bits} bits" in page for bits in (4, 8))
     plain = made.model_copy(update={"widths": None})
     plain.save(tmp_path / "plain.json")
     without = compare(tmp_path / "plain.json", storage=folder)
