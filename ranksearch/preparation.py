@@ -309,7 +309,15 @@ def latencies_of(network: Network, table: PriceTable, cache: Path, notify: Notif
 
 
 def _check_gateable(space: Space, table: PriceTable) -> None:
-    """Raise :class:`SpaceError` where no searched layer has a candidate that a funnel run can gate."""
+    """Raise :class:`SpaceError` where no searched layer has a candidate that a funnel run can gate, in float32."""
+    if space.quantise is not None:
+        problem = Problem(
+            address="$.quantise",
+            rule="a funnel run trains in float32",
+            value="widths of few bits",
+            remedy="Leave out `quantise`, or take another strategy.",
+        )
+        raise SpaceError(space.name or "space", [problem])
     wanted = space.strategy.options.get("format") if space.strategy.name == "funnel" else None
     if table.gated([wanted] if wanted else space.formats) == table.dense:
         found = sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense})

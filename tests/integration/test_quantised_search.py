@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ranksearch.comparison import compare as compare_strategies
 from ranksearch.config import load_space
 from ranksearch.errors import SpaceError
 from ranksearch.export import rank_map_of
@@ -75,6 +76,7 @@ def test_trials_compute_in_few_bits_and_cost_what_they_say(study: Study) -> None
     assert max(trial.outcome.accuracy_search for trial in trials if trial.outcome) > 0.9
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same(study: Study, folder: Path) -> None:
     again = search(QUICKSTART, settings=FEW, storage=folder, name="again")
     assert found(again) == found(study)
@@ -101,6 +103,7 @@ def test_what_is_exported_scores_as_the_trial_did(study: Study, folder: Path, tm
     assert compare(afresh, storage=folder).factors == "weight-only"
 
 
+@pytest.mark.slow
 def test_training_keeps_the_grid(study: Study, folder: Path, tmp_path: Path) -> None:
     """Both the brief one of a search and the full one of a rank map."""
     tuned = search(
@@ -139,3 +142,12 @@ def test_what_cannot_be_is_told(settings: list[str], rule: str) -> None:
     with pytest.raises(SpaceError) as raised:
         load_space(QUICKSTART, settings)
     assert rule in str(raised.value)
+
+
+def test_a_comparison_leaves_funnel_runs_out(folder: Path) -> None:
+    settings = [*FEW, "budget.trials=1", "strategy.name=uniform"]
+    compared = compare_strategies(
+        QUICKSTART, ["funnel", "uniform"], settings=settings, seeds=1, storage=folder, name="c"
+    )
+    assert [run.strategy for run in compared.runs] == ["uniform"]
+    assert "trains in float32" in str(compared.failures["funnel"])
