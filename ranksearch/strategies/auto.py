@@ -8,25 +8,26 @@ with Gaussian processes ("Efficient multiobjective optimization employing Gaussi
 genetic algorithm", 2018). Every other proposal is the drawn front's rank map at one of the targets instead, where there
 are some. Running trials count with the loss that the model expects of them.
 
-The first proposals are those of ``knapsack``: the targets, then spread over the MACs. From then on each carries its
-*promise*: how much larger the hypervolume would be were all of the drawn front tried and the draw right. Draws are
-optimistic, so the mean over the last proposals is an upper estimate of what more trials would bring; where it falls
-under ``min_gain``, the search ends.
+The first proposals are those of ``knapsack`` at the targets, those of ``energy`` there, whose error goes by another
+measure, and the knapsack's spread over the MACs. From then on each carries its *promise*: how much larger the
+hypervolume would be were all of the drawn front tried and the draw right. Draws are optimistic, so the mean over the
+last proposals is an upper estimate of what more trials would bring; where it falls under ``min_gain``, the search ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Final
 
 import numpy as np
 
+from ranksearch.strategies.energy import Energy
 from ranksearch.strategies.history import proposals_made, tried
 from ranksearch.strategies.hull import Cost, check_cost
 from ranksearch.strategies.knapsack import Knapsack
-from ranksearch.strategies.ladder import Ladder
+from ranksearch.strategies.ladder import Choices, Ladder
 from ranksearch.strategies.learned import LearnedPrices
 from ranksearch.strategies.random import step_to_new
 from ranksearch.table import PriceTable
@@ -61,7 +62,7 @@ class Auto:
     cost: Cost = "macs"
     """What the front is against: ``macs``, ``params`` or ``latency``."""
     first: int = 12
-    """Proposals before the prices are learned."""
+    """Proposals before the prices are learned; two a target at least."""
     min_gain: float = 0.0
     """The search ends where more trials promise to enlarge the hypervolume by less than this share."""
 
@@ -77,18 +78,16 @@ class Auto:
         known = set(tried(trials))  # a copy: more is noted below
         if len(known) >= table.size:
             return DONE
-        made = proposals_made(trials, NAME)
-        rule = Knapsack(price=self.price, cost=self.cost)
+        made, first = proposals_made(trials, NAME), max(self.first, 2 * len(self.targets))
         limits = {"max_macs_ratio": self.max_macs_ratio, "max_latency_ratio": self.max_latency_ratio}
-        ladder = Ladder(rule=rule, targets=self.targets, **limits)
-        if made < max(self.first, len(self.targets)):
-            choices = ladder.rung(table, known, made)
+        if made < first:
+            choices = self._unlearned(table, known, made, limits)
             if choices is not None:
                 return Proposal(choices=choices, origin=NAME)
         left = promise(trials)
         if left is not None and left < self.min_gain:
             return DONE
-        index, turn = proposals_made(trials), made - self.first
+        index, turn = proposals_made(trials), made - first
         # Hypervolume is mostly to be had where networks are small; a target says where a good one is wanted.
         target = self.targets[turn // 2 % len(self.targets)] if self.targets and turn % 2 == 0 else None
         model = LearnedPrices(
@@ -113,6 +112,18 @@ class Auto:
                 return Proposal(choices=choices, origin=NAME)
             known.add(choices)
         return DONE
+
+    def _unlearned(
+        self, table: PriceTable, known: Collection[Choices], made: int, limits: Mapping[str, float]
+    ) -> Choices | None:
+        """The rank map after ``made`` others, while nothing is learned; None where there is none within the limits."""
+        aims = len(self.targets)
+        if aims <= made < 2 * aims:
+            energy = Ladder(rule=Energy(), targets=self.targets, **limits).rung(table, known, made - aims)
+            if energy is not None:
+                return energy
+        knapsack = Ladder(rule=Knapsack(price=self.price, cost=self.cost), targets=self.targets, **limits)
+        return knapsack.rung(table, known, made if made < aims else max(aims, made - aims))
 
 
 def promise(trials: Sequence[Trial]) -> float | None:

@@ -16,6 +16,8 @@ from ranksearch.front import hypervolume, non_dominated
 from ranksearch.space import StrategySpec
 from ranksearch.strategies import Terms, build_strategy, learned
 from ranksearch.strategies.auto import promise
+from ranksearch.strategies.energy import Energy
+from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.strategies.learned import LearnedPrices, area, gains
 from ranksearch.table import PREDICTED, PriceTable
 from ranksearch.trial import DONE, Outcome, Proposal, Trial, objective_values
@@ -79,6 +81,19 @@ def test_nothing_beyond_the_limit_is_tried_and_the_targets_come_first() -> None:
     assert max(ratios) <= 0.6
     assert 0.45 < ratios[0] <= 0.5
     assert 0.35 < ratios[1] <= 0.4
+
+
+def test_every_target_is_tried_by_the_price_and_by_energy() -> None:
+    table = price_table(6, 8)
+    terms = Terms(seed=0, objectives=OBJECTIVES, targets=(0.5, 0.3))
+    tried = [trial.proposal.choices for trial in searched("auto", table, 12, 0, terms)]
+    assert len(set(tried)) == 12
+    for rule, begin in ((Knapsack(), 0), (Energy(), 2)):
+        for i, target in enumerate(terms.targets, begin):
+            within = [m for m in rule.maps(table) if m not in tried[:i] and table.macs_ratio(m) <= target]
+            assert tried[i] in within
+            assert table.macs(tried[i]) == max(map(table.macs, within))
+    assert all(choices in Knapsack().maps(table) for choices in tried[4:])
 
 
 @given(
