@@ -164,7 +164,7 @@ def test_rank_maps_made_elsewhere_are_evaluated_as_they_are(copy: Path, tmp_path
     found = compared(copy, ["uniform"], maps=given, seeds=1, targets=(1.0,), name="one")
     uniform, mine, lost = found.summary().to_dict("records")
     (trial,) = open_study("one-theirs-0", storage=copy).trials()
-    assert choice_of(open_study("one-theirs-0", storage=copy), trial) == {(name, "tucker2", odd.ranks)}
+    assert choice_of(open_study("one-theirs-0", storage=copy), trial) == {(name, "tucker2", odd.ranks, 32)}
     assert trial.outcome is not None
     assert mine["macs_ratio_1"] == trial.outcome.macs / theirs.dense_macs
     assert mine["after_1"] == mine["after_1"], "trained like the others"

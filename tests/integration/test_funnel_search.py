@@ -130,7 +130,9 @@ def test_runs_make_a_front_whose_points_are_handed_over(folder: Path, tmp_path: 
 def test_runs_join_the_front_of_another_strategy_and_pinned_layers_keep_their_choice(folder: Path) -> None:
     pins = json.dumps({"block1.conv1": {"format": "cp", "ranks": [20]}, "block2.conv1": "dense"})
     seeded = ["strategy.name=optuna", "strategy.options={}", "strategy.seeds=[funnel, uniform]"]
-    short = ["evaluation.fine_tune={steps: 2, batch_images: 32}", "strategy.seed_points=1"]
+    # So few steps that a run is on the front only if they are large.
+    tune = "{steps: 2, batch_images: 32, optimiser: sgd, batch_norm: batch}"
+    short = [f"evaluation.fine_tune={tune}", "strategy.seed_points=1"]
     study = searched(folder, *seeded, *short, f"fix={pins}", trials=3)
     run, uniform, suggested = study.trials()
     assert [t.proposal.origin for t in (run, uniform, suggested)] == ["funnel", "uniform", "optuna"]
