@@ -357,8 +357,8 @@ _NOTHING = QuantiseSpec.model_construct(
 """The widths of a network that is not quantised."""
 
 _ROUNDING = {4: 0.0115, 8: 0.0001, FLOAT_BITS: 0.0}
-"""Relative squared error of normal numbers rounded to so many bits in the best uniform steps (J. Max, "Quantizing for
-minimum distortion", 1960, table II, whose 8 bits we take from the same rule)."""
+"""Relative squared error of a factor's weights rounded to so many bits, about: normal numbers in rows of 144 to 200,000
+lose 0.0116 to 0.0130 and 0.00004 to 0.00009 to ``rounding.rounded``."""
 
 
 def _candidate(form: str, conv: Conv, ranks: Ranks, prepared: Prepared, bits: int) -> Candidate:

@@ -84,8 +84,8 @@ class Alds:
 
     def __post_init__(self) -> None:
         check_cost(self.cost)
-        if self.cost == "latency":
-            raise ValueError("cost must be macs or params, found 'latency'")
+        if self.cost not in ("macs", "params"):
+            raise ValueError(f"cost must be macs or params, found {self.cost!r}")
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""

@@ -60,7 +60,7 @@ class Auto:
     max_latency_ratio: float = inf
     price: str = PRICE
     cost: Cost = "macs"
-    """What the front is against: ``macs``, ``params`` or ``latency``."""
+    """What the front is against: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
     first: int = 12
     """Proposals before the prices are learned; two a target at least."""
     min_gain: float = 0.0

@@ -26,7 +26,7 @@ class Greedy:
 
     price: str = PREDICTED
     cost: Cost = "macs"
-    """What a step saves: ``macs``, ``params`` or ``latency``."""
+    """What a step saves: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
 
     name = "greedy"
 

@@ -47,7 +47,7 @@ class GreedyMultiStep:
     measure: Literal["loss", "accuracy"] = "loss"
     """What a move loses: cross-entropy, or accuracy, on the search images."""
     cost: Cost = "macs"
-    """What it saves: ``macs``, ``params`` or ``latency``."""
+    """What it saves: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
 
     def __post_init__(self) -> None:
         check_cost(self.cost)

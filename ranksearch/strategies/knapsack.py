@@ -44,7 +44,7 @@ class Knapsack:
 
     price: str = PREDICTED
     cost: Cost = "macs"
-    """What the front is against: ``macs``, ``params`` or ``latency``."""
+    """What the front is against: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
 
     name = "knapsack"
 

@@ -27,7 +27,7 @@ class Lc:
 
     price: str = PREDICTED
     cost: Cost = "macs"
-    """C: ``macs``, ``params`` or ``latency``."""
+    """C: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
 
     name = "lc"
 

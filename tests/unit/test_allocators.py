@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from math import log, pi
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from ranksearch.errors import PriceError
+from ranksearch.errors import PriceError, SpaceError
+from ranksearch.front import non_dominated
 from ranksearch.space import StrategySpec
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.strategies.evbmf import Evbmf, evb_noise, evb_rank
@@ -130,6 +131,44 @@ def test_parameters_are_the_cost_where_they_are_the_objective() -> None:
     tried = run(strategy, table, 1000)
     assert {t.proposal.choices for t in tried} == set(Knapsack(cost="params").maps(table))
     assert all(trial.proposal.choices[0] > 0 for trial in tried)
+
+
+def few_bits_table() -> PriceTable:
+    """Three layers, every candidate in 8 and in 4 bits, the narrow one with more error; all else in 8."""
+    table = price_table(3, 4)
+    layers = []
+    for layer in table.layers:
+        wide = [replace(c, bits=8) for c in layer.candidates]
+        narrow = [replace(c, bits=4, error=c.error + 0.02) for c in layer.candidates if not c.dense]
+        found = sorted([*narrow, *wide], key=lambda c: (c.macs, c.bits))
+        layers.append(replace(layer, candidates=tuple(found)))
+    return replace(table, layers=tuple(layers), other_bits=8, activation_bits=8)
+
+
+def test_the_knapsack_over_bit_operations_is_brute_force() -> None:
+    table = few_bits_table()
+    points = []
+    for choices in product(*(range(len(layer.candidates)) for layer in table.layers)):
+        picked = [layer.candidates[i] for layer, i in zip(table.layers, choices, strict=True)]
+        operations = 8 * (8 * table.other_macs + sum(c.macs * c.bits for c in picked))
+        assert table.bit_operations(choices) == operations
+        points.append((operations, sum(c.error for c in picked)))
+    front = {points[i] for i in non_dominated(points)}
+    strategy = build_strategy(StrategySpec(name="knapsack"), Terms(seed=0, objectives=("accuracy", "bit-operations")))
+    found = {
+        (table.bit_operations(t.proposal.choices), sum(c.error for c in table.picked(t.proposal.choices).values()))
+        for t in run(strategy, table, 1000)
+    }
+    assert {cost for cost, _ in found} == {cost for cost, _ in front}
+    np.testing.assert_allclose(sorted(found), sorted(front), rtol=1e-9)
+    widths = {c.bits for t in run(strategy, table, 1000) for c in table.picked(t.proposal.choices).values()}
+    assert widths == {4, 8}
+
+
+@pytest.mark.parametrize("cost", ["latency", "bit-operations"])
+def test_alds_refuses_costs_that_its_groups_do_not_have(cost: str) -> None:
+    with pytest.raises(SpaceError, match=f"cost must be macs or params, found '{cost}'"):
+        build_strategy(StrategySpec(name="alds"), Terms(seed=0, objectives=("accuracy", cost)))
 
 
 def run(strategy: object, table: PriceTable, limit: int, failing: tuple[int, ...] = ()) -> list[Trial]:
