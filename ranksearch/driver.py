@@ -36,6 +36,7 @@ def task_of(study: Study, trial: Trial, incumbents: tuple[tuple[float, ...], ...
         seed=seed,
         index=trial.index,
         settings=trial.proposal.settings,
+        fidelity=trial.proposal.fidelity,
         incumbents=incumbents,
     )
 

@@ -40,7 +40,7 @@ from ranksearch.rounding import (
     weight_bytes,
     widths_of,
 )
-from ranksearch.space import Space, StabiliseSpec
+from ranksearch.space import FineTuneSpec, Space, StabiliseSpec
 from ranksearch.surgery import build_layer, channels_last, count_macs, count_params, kernel_of, replaced
 from ranksearch.table import FLOAT_BITS, Candidate, PriceTable
 from ranksearch.training import fine_tune, steps_of
@@ -269,10 +269,11 @@ class Evaluator:
         }
         if built.reports:
             details["fitted"] = {name: asdict(found) for name, found in built.reports.items()}
-        if steps_of(self.spec.fine_tune, len(self.data.train.labels)):
+        training = self._training(task.fidelity)
+        if steps_of(training, len(self.data.train.labels)):
             with as_deployed(built.model, self.bench.space.quantise, self.data):
                 round_while_training(built.model, self._widths(built.model, picked))
-                details |= self._fine_tune(built.model, picked, task.seed)
+                details |= self._fine_tune(built.model, picked, training, task.seed)
                 round_for_good(built.model)
         return built.model, details, None
 
@@ -310,6 +311,8 @@ class Evaluator:
     def _may_be_on_front(self, outcome: Outcome, task: Task) -> bool:
         """Whether an outcome keeps the budget's limits and none of the task's incumbents is as good everywhere."""
         space = self.bench.space
+        if task.fidelity < 1:
+            return False
         if any(value > 0 for value in constraints(outcome, space.budget, self.bench.dense).values()):
             return False
         objectives = tuple(space.objectives)
@@ -380,7 +383,17 @@ class Evaluator:
             start += len(images)
         return total / start if np.isfinite(total) else float("inf")
 
-    def _fine_tune(self, model: nn.Module, picked: Mapping[str, Candidate], seed: int) -> dict[str, Any]:
+    def _training(self, fidelity: float) -> FineTuneSpec:
+        """This share of the space's training, a schedule of its own."""
+        whole = self.spec.fine_tune
+        if fidelity == 1:
+            return whole
+        steps = round(fidelity * steps_of(whole, len(self.data.train.labels)))
+        return whole.model_copy(update={"steps": steps, "epochs": None})
+
+    def _fine_tune(
+        self, model: nn.Module, picked: Mapping[str, Candidate], spec: FineTuneSpec, seed: int
+    ) -> dict[str, Any]:
         """The loss it ends with and, of formats that are fitted, the sensitivity over the steps."""
         space, convs = self.bench.space, self.bench.table.convs
         chains = {
@@ -388,7 +401,7 @@ class Evaluator:
             for name, candidate in picked.items()
             if not FORMATS[candidate.format].nested and candidate.bits == FLOAT_BITS
         }
-        steps = steps_of(self.spec.fine_tune, len(self.data.train.labels))
+        steps = steps_of(spec, len(self.data.train.labels))
         every = space.stabilise.every
         seen: list[list[float]] = [[0, sensitivity_of(model, chains)]]
 
@@ -403,7 +416,7 @@ class Evaluator:
             self.dense,
             self.data.train,
             lambda split, index: self._input(split.images[index.numpy()]),
-            self.spec.fine_tune,
+            spec,
             self.data.augment,
             seed=seed,
             dtype=getattr(torch, self.bench.dtype),

@@ -83,6 +83,7 @@ def _provenance(study: Study, trial: Trial) -> dict[str, Any]:
         "trial": trial.number,
         "origin": trial.proposal.origin,
         **({"funnel": trial.proposal.settings} if trial.proposal.funnel else {}),
+        **({"fidelity": trial.proposal.fidelity} if trial.proposal.fidelity < 1 else {}),
         "seed": space.seed,
         "data": space.data.model_dump(mode="json"),
         "batch_images": space.evaluation.batch_images,

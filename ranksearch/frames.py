@@ -25,13 +25,14 @@ def trials_frame(trials: Sequence[Trial], front: Sequence[Trial], dense_macs: fl
             "state": t.state,
             "reason": t.reason,
             "origin": t.proposal.origin,
+            "fidelity": t.proposal.fidelity,
             "feasible": t.feasible,
             "on_front": t.number in members,
             **_measured(t.outcome, dense_macs),
         }
         for t in trials
     ]
-    columns = ["number", "index", "attempt", "state", "reason", "origin", "feasible", "on_front"]
+    columns = ["number", "index", "attempt", "state", "reason", "origin", "fidelity", "feasible", "on_front"]
     return pd.DataFrame(rows, columns=[*columns, *_measured(None, dense_macs)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +36,11 @@ def importance(objectives: Sequence[str], table: PriceTable, trials: Sequence[Tr
         raise ValueError(f"importance is of one of the objectives {', '.join(objectives)}, found {of!r}.")
     at = [str(name) for name in objectives].index(of)
     whole = optuna.create_study(direction="maximize" if of in MAXIMISED else "minimize")
+    # Where some were trained more than others, those that most were trained alike: the others do not compare.
+    fidelities = Counter(trial.proposal.fidelity for trial in trials)
+    alike = max(fidelities, key=lambda fidelity: (fidelities[fidelity], fidelity), default=1.0)
     for trial in trials:
-        if trial.values is not None and not trial.proposal.funnel:
+        if trial.values is not None and not trial.proposal.funnel and trial.proposal.fidelity == alike:
             params, distributions = parameters_of(trial.proposal, table)
             whole.add_trial(create_trial(params=params, distributions=distributions, value=trial.values[at]))
     if len(whole.trials) < 10:

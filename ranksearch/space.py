@@ -222,6 +222,12 @@ class StrategySpec(Section):
     batch: Positive = 4
     """How many proposals are made before their outcomes are looked at, when ``deterministic``; ``greedy-multi-step``
     measures as many moves at a time."""
+    rungs: list[Annotated[float, Field(ge=0, lt=1)]] = []
+    """Shares of the training (``evaluation.fine_tune``), rising, that candidates get before the promising ones get all
+    of it: with ``[0]`` every candidate is scored untrained first. Only trials with all of it are on the front; each
+    promotion is a trial of the budget's. Empty: every candidate gets all of it at once."""
+    promote: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the trials of one rung that go on to the next."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the strategy or, of ``optuna``, of its sampler. Of ``auto``: ``first`` (trials
     before it learns, 12), ``min_gain`` (it ends where more trials promise to enlarge the hypervolume by less than this
@@ -409,6 +415,24 @@ class Space(Section):
         if not {"accuracy", "loss"} & set(self.objectives) or not set(COSTS) & set(self.objectives):
             raise ValueError(
                 f"objectives must hold a quality (accuracy or loss) and a cost ({', '.join(COSTS[:-1])} or {COSTS[-1]})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rungs(self) -> Space:
+        rungs, tuned = self.strategy.rungs, self.evaluation.fine_tune
+        if not rungs:
+            return self
+        if sorted(set(rungs)) != rungs:
+            raise ValueError(f"strategy.rungs must rise, found {rungs}")
+        if not tuned.steps and tuned.epochs is None:
+            raise ValueError(
+                f"strategy.rungs are shares of a training, and evaluation.fine_tune trains nothing, found {rungs}: "
+                "give it steps or epochs, or leave the rungs out"
+            )
+        if "funnel" in (self.strategy.name, *self.strategy.seeds):
+            raise ValueError(
+                "a funnel run is a training of its own: take another strategy, or leave out strategy.rungs"
             )
         return self
 

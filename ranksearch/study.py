@@ -53,6 +53,9 @@ logging.getLogger("optuna").setLevel(logging.WARNING)
 
 T = TypeVar("T")
 
+_FIDELITY = "fidelity"
+"""Name of the constraint that trials have which were not trained as the space says."""
+
 INTERRUPTED = "interrupted: the driver ended before the trial did"
 
 
@@ -127,6 +130,8 @@ class Study:
         """Record a proposal as a RUNNING trial."""
         params, distributions = parameters_of(proposal, self.setting.table)
         attrs = {"index": index, "attempt": attempt, "origin": proposal.origin, "note": proposal.note}
+        if proposal.fidelity < 1:
+            attrs["fidelity"] = proposal.fidelity
         if proposal.funnel:
             attrs |= {"choices": list(proposal.choices), "settings": proposal.settings, "stamp": self._stamp(index)}
         template = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attrs)
@@ -179,7 +184,7 @@ class Study:
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
         else:
             self._storage.set_trial_user_attr(trial_id, "outcome", result.to_json())
-            self._complete(trial_id, result)
+            self._complete(trial_id, result, trial.proposal.fidelity)
         # As it is read ever after, by another driver too, the time of its end with it.
         return self._trial(self._storage.get_trial(trial_id))
 
@@ -199,8 +204,12 @@ class Study:
         except OSError:
             return 0
 
-    def _complete(self, trial_id: int, outcome: Outcome) -> None:
-        for key, value in self.constraints(outcome).items():
+    def _complete(self, trial_id: int, outcome: Outcome, fidelity: float) -> None:
+        limits = self.constraints(outcome)
+        if fidelity < 1:
+            # More training may make up for a drop; and Optuna's own tools leave such a trial off the front, too.
+            limits = {key: value for key, value in limits.items() if key != "max_drop"} | {_FIDELITY: 1 - fidelity}
+        for key, value in limits.items():
             self._storage.set_trial_system_attr(trial_id, f"constraints:{key}", value)
         values = objective_values(outcome, tuple(self.space.objectives))
         self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, values)
@@ -271,6 +280,7 @@ class Study:
             origin=attrs["origin"],
             note=attrs["note"],
             settings=dict(attrs.get("settings", {})),
+            fidelity=float(attrs.get("fidelity", 1.0)),
         )
         complete = frozen.state == TrialState.COMPLETE
         values = tuple(map(float, frozen.values)) if complete else None
@@ -460,8 +470,8 @@ class Study:
 
 
 def _by_name(constraints: Mapping[str, float]) -> tuple[float, ...]:
-    """The values in the order of their names: a database gives them back in any."""
-    return tuple(value for _, value in sorted(constraints.items()))
+    """The values of the budget's limits in the order of their names: a database gives them back in any."""
+    return tuple(value for key, value in sorted(constraints.items()) if key != _FIDELITY)
 
 
 def _ms(moment: datetime | None) -> int:

@@ -31,6 +31,8 @@ class Proposal:
     """What the strategy wants to find again beside the trial (JSON types): its only memory."""
     settings: Settings = field(default_factory=dict)
     """Of a funnel run; empty where the choices themselves are to be tried."""
+    fidelity: float = 1.0
+    """Share of the space's training that the network gets before it is scored; on the front are those of 1 alone."""
 
     @property
     def funnel(self) -> bool:
@@ -144,9 +146,14 @@ class Trial:
     """Whether it failed by an interruption, and its proposal is to be tried once more."""
 
     @property
-    def feasible(self) -> bool:
-        """Complete and within the budget's limits."""
+    def within_limits(self) -> bool:
+        """Complete and within the budget's limits, whatever its fidelity."""
         return self.state == "COMPLETE" and all(constraint <= 0 for constraint in self.constraints)
+
+    @property
+    def feasible(self) -> bool:
+        """Complete, trained as the space says, and within the budget's limits."""
+        return self.within_limits and self.proposal.fidelity == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +168,8 @@ class Task:
     """The proposal's number."""
     settings: Settings = field(default_factory=dict)
     """Of a funnel run; empty where the choices themselves are to be scored."""
+    fidelity: float = 1.0
+    """Share of the space's training."""
     keep: bool = False
     """Whether the weights are kept, and the report images scored, whatever the outcome."""
     incumbents: tuple[tuple[float, ...], ...] = ()
@@ -186,8 +195,12 @@ class Failure:
 
 
 def best_within(trials: Iterable[Trial], macs: float) -> Trial | None:
-    """The most accurate complete trial (search images) of at most so many MACs, of equal ones the cheapest."""
-    scored = [(t, t.outcome) for t in trials if t.outcome is not None and t.outcome.macs <= macs * (1 + 1e-12)]
+    """The most accurate complete trial (search images) of at most so many MACs, of equal ones the cheapest.
+
+    Trials that were not trained as the space says are left out.
+    """
+    whole = [(t, t.outcome) for t in trials if t.outcome is not None and t.proposal.fidelity == 1]
+    scored = [(trial, outcome) for trial, outcome in whole if outcome.macs <= macs * (1 + 1e-12)]
     best = max(scored, key=lambda pair: (pair[1].accuracy_search, -pair[1].macs), default=None)
     return None if best is None else best[0]
 

@@ -128,6 +128,7 @@ def _record(study: Study, trial: Trial) -> dict[str, object]:
     """A trial that ended, as JSON types."""
     told: dict[str, object] = {"event": "trial", "study": study.name, "trial": trial.number, "state": trial.state}
     told |= {"of": study.space.budget.trials, "origin": trial.proposal.origin, "reason": trial.reason}
+    told["fidelity"] = trial.proposal.fidelity
     if trial.outcome is not None:
         outcome = trial.outcome
         told |= {"accuracy": outcome.accuracy, "accuracy_search": outcome.accuracy_search, "loss": outcome.loss}

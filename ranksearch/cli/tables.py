@@ -86,6 +86,7 @@ def trials_table(study: Study) -> Table:
     made.columns[8].no_wrap = False
     for row in records(study.trials_frame()):
         complete = row["accuracy_search"] is not None
+        rung = "" if row["fidelity"] == 1 else f"{percent(row['fidelity'], 0)} % of the training"
         infeasible = complete and not row["feasible"]
         made.add_row(
             str(row["number"]),
@@ -96,7 +97,7 @@ def trials_table(study: Study) -> Table:
             percent(row["macs_ratio"], 1),
             f"{row['params']:,}" if complete else "-",
             f"{row['seconds']:.1f}" if complete else "-",
-            "outside the budget's limits" if infeasible else row["reason"] or "",
+            row["reason"] or rung or ("outside the budget's limits" if infeasible else ""),
         )
     return made
 

@@ -99,7 +99,7 @@ def variants_of(space: Space, strategies: Sequence[str], maps: Mapping[str, Sequ
 
 def given_maps(spec: StrategySpec, files: Sequence[Path]) -> StrategySpec:
     """The strategy section of a study that evaluates these rank maps."""
-    update = {"name": _NEVER_ASKED, "seed_maps": [str(file) for file in files]}
+    update = {"name": _NEVER_ASKED, "seed_maps": [str(file) for file in files], "rungs": []}
     return _bare(spec).model_copy(update=update)
 
 

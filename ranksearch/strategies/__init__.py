@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import StrategySpec
@@ -32,6 +32,7 @@ from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.strategies.ladder import Ladder, Rule
 from ranksearch.strategies.lc import Lc
 from ranksearch.strategies.random import Random
+from ranksearch.strategies.rungs import Rungs, Strategy
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.strategies.water_filling import WaterFilling
 from ranksearch.table import GATEABLE, MEASURED, PREDICTED, PriceTable
@@ -55,19 +56,6 @@ __all__ = [
 
 USER = "user"
 """Origin of the proposals that are the user's own rank maps."""
-
-
-class Strategy(Protocol):
-    """What to try next."""
-
-    def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
-        """The next rank map to try, WAIT (for a running trial) or DONE.
-
-        Args:
-            table: the candidates of every searched layer.
-            trials: every trial so far, running and failed ones too, in order of their numbers.
-        """
-        ...
 
 
 Built = TypeVar("Built")
@@ -256,7 +244,7 @@ def prices_read(spec: StrategySpec) -> set[str]:
 
 
 def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[tuple[int, ...]] = ()) -> Strategy:
-    """The strategy of a space file: it never proposes the same rank map twice.
+    """The strategy of a space file: it never proposes the same rank map twice with the same share of the training.
 
     Args:
         spec: the space's ``strategy`` section.
@@ -279,11 +267,20 @@ def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[t
         problems += error.problems
     if problems:
         raise SpaceError("space", problems)
-    return _Seeded(
+    whole = _Seeded(
         user=tuple(dict.fromkeys(tuple(choices) for choices in seed_choices)),
         seeds=tuple(seeds.items()),
         seed_points=spec.seed_points,
         main=main,
+    )
+    if not spec.rungs:
+        return whole
+    return Rungs(
+        main=whole,
+        shares=tuple(spec.rungs),
+        promote=spec.promote,
+        objectives=terms.objectives,
+        targets=terms.targets,
     )
 
 

@@ -148,7 +148,7 @@ class View:
                 "state": trial.state,
                 "origin": trial.proposal.origin,
                 "strategy": study.space.strategy.name,
-                "fidelity": "funnel run" if trial.proposal.funnel else "full",
+                "fidelity": _fidelity(trial),
                 "on_front": str(trial in self._front).lower(),
                 NOTE: about_trial(study, trial),
                 "attempt": str(trial.attempt),
@@ -159,6 +159,12 @@ class View:
             start_ms=trial.start_ms,
             end_ms=trial.end_ms,
         )
+
+
+def _fidelity(trial: Trial) -> str:
+    """How much of the space's training a trial had."""
+    share = trial.proposal.fidelity
+    return "funnel run" if trial.proposal.funnel else "full" if share == 1 else f"{100 * share:g} % of the training"
 
 
 def _gated(trial: Trial) -> bool:
