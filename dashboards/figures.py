@@ -129,7 +129,9 @@ def described(trial: Trial, dense: Mapping[str, float]) -> str:
     outcome = outcome_of(trial)
     report = "" if outcome.accuracy is None else f"{100 * outcome.accuracy:.2f} % (report images), "
     share = 100 * outcome.macs / dense["macs"]
+    fidelity = trial.proposal.fidelity
+    trained = "" if fidelity == 1 else f", after {100 * fidelity:g} % of the training"
     return (
         f"accuracy {report}{100 * outcome.accuracy_search:.2f} % (search images); {outcome.macs / 1e9:.4g} GMACs, "
-        f"{share:.1f} % of dense; {outcome.params:,} parameters; proposed by {trial.proposal.origin}"
+        f"{share:.1f} % of dense; {outcome.params:,} parameters; proposed by {trial.proposal.origin}{trained}"
     )
