@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ranksearch.layerwise import Decomposition
     from ranksearch.space import BudgetSpec
 
-_FRONT, _DOMINATED, _DENSE = "Front", "Dominated (accuracy on search images)", "Dense network"
+_FRONT, _DOMINATED, _DENSE = "Front", "Not on the front (accuracy on search images)", "Dense network"
 _X_TITLE = "GMACs per image (share of dense)"
 _Y_TITLE = "Top-1 accuracy, report images (%)"
 
@@ -243,6 +243,8 @@ def _dense_point(dense: Mapping[str, float]) -> Series:
 def _hover(row: Mapping[Any, Any], number: int | None) -> str:
     """What a point says when it is pointed at."""
     lines = [_DENSE if number is None else f"Trial {number} ({html.escape(str(row['origin']))})"]
+    if row.get("fidelity", 1) < 1:
+        lines.append(f"after {100 * row['fidelity']:g} % of the training")
     accuracy = row.get("accuracy")
     if accuracy is not None and accuracy == accuracy:
         interval = f" [{_interval(row['accuracy_low'], row['accuracy_high'])}]" if "accuracy_low" in row else ""
