@@ -47,7 +47,9 @@ def front_of(shown: Snapshot, others: Sequence[Snapshot], marked: Mapping[str, i
     )
     made = plain(picture)
     if len(drawn) < len(dominated):
-        made["data"][0]["name"] = f"Dominated (accuracy on search images), {len(drawn)} of {len(dominated):,} drawn"
+        made["data"][0]["name"] = (
+            f"Not on the front (accuracy on search images), {len(drawn)} of {len(dominated):,} drawn"
+        )
     found = [(letter, trial) for letter, number in marked.items() if (trial := shown.trials.get(number))]
     found.sort(key=lambda pair: (outcome_of(pair[1]).macs, pair[0]))
     marks = [
