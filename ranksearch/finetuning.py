@@ -20,12 +20,13 @@ from torch import nn
 
 from ranksearch.data import Data
 from ranksearch.errors import ModelError, RankMapError
-from ranksearch.evaluation import as_deployed, reproducible, score
+from ranksearch.evaluation import as_deployed, deployed_ranges, reproducible, score
 from ranksearch.export import save_compressed
 from ranksearch.factors import store
 from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import RankMap, WidthsRecord
 from ranksearch.recorded import RECORDED, Pair, read_pair, scoring_of
+from ranksearch.refit import Chain
 from ranksearch.retraining import Epoch, Retraining, Schedule
 from ranksearch.rounding import round_for_good, round_while_training, widths_of
 from ranksearch.space import FineTuneSpec, TrackingSpec
@@ -185,24 +186,28 @@ def _trainings(
     layers = pair.rank_map.layers
     # Rounded factors stay where they are rounded: bringing them to another gauge would undo it.
     chains = {n: (x.format, x.geometry, x.ranks) for n, x in layers.items() if x.bits == FLOAT_BITS}
-    compressed = copy.deepcopy(pair.compressed)
-    if (widths := pair.rank_map.widths) is not None:
-        bits = {name: layer.bits for name, layer in layers.items()}
-        round_while_training(compressed, widths_of(compressed, bits, widths.other_bits))
-    starts = {"compressed": (compressed, chains)}
+    starts: dict[str, tuple[nn.Module, Mapping[str, Chain], WidthsRecord | None]]
+    starts = {"compressed": (pair.compressed, chains, pair.rank_map.widths)}
     if baseline:
-        starts["baseline"] = (pair.dense, {})
-    return {
-        name: Retraining(
-            channels_last(copy.deepcopy(model).eval().to(device)),
+        starts["baseline"] = (pair.dense, {}, None)
+    found: dict[str, Retraining] = {}
+    for name, (start, replaced, widths) in starts.items():
+        model = channels_last(copy.deepcopy(start).eval().to(device))
+        with reproducible(schedule.threads):
+            ranges = deployed_ranges(model, widths, cast(Data, pair.data))
+        if widths is not None:
+            bits = {layer: record.bits for layer, record in layers.items()}
+            round_while_training(model, widths_of(model, bits, widths.other_bits))
+        found[name] = Retraining(
+            model,
             dense,
             cast(Data, pair.data),
             schedule,
             chains=replaced,
+            ranges=ranges,
             checkpoint=_checkpoints(output) / f"{name}.pt",
         )
-        for name, (model, replaced) in starts.items()
-    }
+    return found
 
 
 def _trained(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ranksearch.errors import ModelError
 from ranksearch.evaluation import score
 from ranksearch.factors import content_hash
 from ranksearch.refit import Chain, regauge
+from ranksearch.rounding import Range, rounding_activations
 from ranksearch.space import FineTuneSpec
 from ranksearch.training import Training, steps_of, steps_of_epoch
 
@@ -74,6 +76,8 @@ class Retraining:
         data: training images train, search-validation images draw the curve.
         schedule: how.
         chains: layer to format, geometry and ranks, of the layers that were replaced.
+        ranges: layer to the range in which what goes into it is rounded, in training and where the curve is drawn;
+            gradients pass straight through. A checkpoint keeps them.
         checkpoint: file; where it exists the training goes on from it.
 
     Raises:
@@ -89,8 +93,10 @@ class Retraining:
         *,
         chains: Mapping[str, Chain],
         checkpoint: Path,
+        ranges: Mapping[str, Range] = {},
     ) -> None:
         self.model, self.dense, self.data, self.schedule, self.checkpoint = model, dense, data, schedule, checkpoint
+        self.ranges = dict(ranges)
         self.chains = {name: chain for name, chain in chains.items() if not FORMATS[chain[0]].nested}
         self.device = next(model.parameters()).device
         self.identity = self._identity()
@@ -122,12 +128,16 @@ class Retraining:
             ModelError: a checkpoint cannot be written.
         """
         watch(self.curve)
-        while self.training.steps < self.total:
-            self._step()
-            if self.training.steps % self.epoch_steps == 0 or self.training.steps == self.total:
-                self._end_epoch()
-                watch(self.curve)
-            progress(self.training.steps, self.total)
+        with ExitStack() as stack:
+            for network in (self.model, self.average):
+                if network is not None:
+                    stack.enter_context(rounding_activations(network, self.ranges))
+            while self.training.steps < self.total:
+                self._step()
+                if self.training.steps % self.epoch_steps == 0 or self.training.steps == self.total:
+                    self._end_epoch()
+                    watch(self.curve)
+                progress(self.training.steps, self.total)
         last = self.curve[-1]
         averaged = last.loss_search_ema is not None and last.loss_search_ema <= last.loss_search
         return self.average if self.average is not None and averaged else self.model
@@ -165,6 +175,7 @@ class Retraining:
                 "training": self.training.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "curve": [asdict(epoch) for epoch in self.curve],
+                "ranges": {name: asdict(each) for name, each in self.ranges.items()},
             },
             self.checkpoint,
         )
@@ -180,13 +191,15 @@ class Retraining:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.curve = [Epoch(**epoch) for epoch in state["curve"]]
+        self.ranges = {name: Range(**each) for name, each in state["ranges"].items()}
 
     def _identity(self) -> str:
         """What the course of the training depends on."""
         data, (ours, taught) = self.data, (content_hash(one.state_dict().values()) for one in (self.model, self.dense))
         return (
             f"{self.schedule} of weights {ours}, taught by {taught}, on {data.digest or len(data.train)} with mean "
-            f"{data.mean}, std {data.std} and {data.augment!r}, {self.device.type}"
+            f"{data.mean}, std {data.std} and {data.augment!r}, {len(self.ranges)} activations rounded, "
+            f"{self.device.type}"
         )
 
     def _input(self, split: Split, index: Tensor) -> Tensor:
