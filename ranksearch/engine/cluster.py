@@ -71,7 +71,7 @@ def cluster(spec: ResourcesSpec) -> Iterator[None]:
         else:
             ray.init(address=spec.address, **_QUIET)
     except Exception as error:
-        remedy = "Check resources.address and the cluster's token." if not local else "Check memory and disk."
+        remedy = "Check the address and the cluster's token." if not local else "Check memory and disk."
         raise EngineError(f"cannot reach Ray at {spec.address!r}: {reason(error)}. {remedy}") from error
     try:
         yield
