@@ -115,7 +115,7 @@ def test_an_interrupted_training_of_three_workers_ends_in_the_same_bits(
     assert whole.curves == parts.curves
     assert same(weights_of(whole), weights_of(parts))
     assert same(load_file(whole.files[2]), load_file(parts.files[2]))
-    assert whole.scores["after"].accuracy > whole.scores["before"].accuracy + 0.2
+    assert whole.curves["compressed"][-1].loss < 0.9 * whole.curves["compressed"][0].loss
     assert whole.rank_map.provenance["finetune"]["workers"] == 3
 
 
@@ -170,7 +170,7 @@ def _gone(command: Command) -> bool:
 
 @pytest.mark.slow
 def test_kills_of_a_worker_and_of_the_driver_change_no_bit(rank_map: Path, tmp_path: Path) -> None:
-    epochs = 60
+    epochs = 40
     whole = Command(rank_map, "whole", tmp_path, epochs)
     assert whole.ended() == 0, whole.log.read_text()
 
@@ -224,13 +224,17 @@ def test_what_the_workers_meet_reaches_the_caller(rank_map: Path, tmp_path: Path
         finetune(rank_map, tmp_path / "tuned.json", spec=spec, workers=Workers(count=4, address=cluster))
 
 
-def test_workers_that_do_not_fit_are_told_before_ray_is_started(rank_map: Path, tmp_path: Path) -> None:
+def test_workers_that_cannot_be_had_are_told_before_ray_is_started(rank_map: Path, tmp_path: Path) -> None:
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     spec = FineTuneSpec(epochs=1, batch_images=10_000, **SGD)
     with pytest.raises(EngineError, match=rf"found --workers {cpus + 1}, {cpus} fit at once\. Give --workers {cpus}"):
         finetune(rank_map, tmp_path / "tuned.json", spec=spec, workers=Workers(count=cpus + 1))
     with pytest.raises(EngineError, match="Lower --threads"):
         finetune(rank_map, tmp_path / "tuned.json", spec=spec, threads=2 * cpus, workers=Workers(count=1))
+    with pytest.raises(
+        EngineError, match=r"cannot reach Ray at '127\.0\.0\.1:1': ConnectionRefusedError.* Check the address"
+    ):
+        finetune(rank_map, tmp_path / "tuned.json", spec=spec, workers=Workers(count=1, address="127.0.0.1:1"))
     if not gpus:
         with pytest.raises(EngineError, match=r"none fits\. Leave out --gpus-per-worker"):
             finetune(rank_map, tmp_path / "tuned.json", spec=spec, workers=Workers(count=1, gpus=1))
