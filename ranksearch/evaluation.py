@@ -32,6 +32,7 @@ from ranksearch.rankmap import LayerRanks
 from ranksearch.refit import batch_norms, recalibrate, regauge, sensitivity_of, sequential_regression
 from ranksearch.rounding import (
     Clip,
+    Range,
     ranges,
     round_for_good,
     round_weights,
@@ -88,16 +89,17 @@ class Widths(Protocol):
 
 @contextmanager
 def as_deployed(model: nn.Module, widths: Widths | None, data: Data) -> Iterator[None]:
-    """Meanwhile activations are rounded as ``widths`` say, in the ranges of the first calibration images.
-
-    Ranges are those of the weights that ``model`` has when this begins; None, and 32 bits, round nothing.
-    """
-    known = {}
-    if widths is not None and widths.activation_bits < FLOAT_BITS:
-        images = to_input(data.calibration[:_RANGE_IMAGES], data, next(model.parameters()).device)
-        known = ranges(model, widths_of(model, {}, FLOAT_BITS), images, widths.clip)
-    with rounding_activations(model, known):
+    """Meanwhile activations are rounded as ``widths`` say, in the ranges of the weights that ``model`` begins with."""
+    with rounding_activations(model, deployed_ranges(model, widths, data)):
         yield
+
+
+def deployed_ranges(model: nn.Module, widths: Widths | None, data: Data) -> dict[str, Range]:
+    """Ranges, on the first calibration images, of what goes into every layer; None, and 32 bits, round nothing."""
+    if widths is None or widths.activation_bits == FLOAT_BITS:
+        return {}
+    images = to_input(data.calibration[:_RANGE_IMAGES], data, next(model.parameters()).device)
+    return ranges(model, widths_of(model, {}, FLOAT_BITS), images, widths.clip)
 
 
 @contextmanager

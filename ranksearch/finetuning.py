@@ -2,7 +2,7 @@
 
 A killed fine-tuning goes on when the same command is given again: each network has a checkpoint beside the output,
 which is removed when the output is written. Report images are scored before the training and after it, and decide
-nothing.
+nothing. Several workers train on Ray, each on its share of every batch; all else is done in this process.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,15 +21,16 @@ from torch import nn
 
 from ranksearch.data import Data
 from ranksearch.errors import ModelError, RankMapError
-from ranksearch.evaluation import as_deployed, reproducible, score
+from ranksearch.evaluation import as_deployed, deployed_ranges, reproducible, score
 from ranksearch.export import save_compressed
 from ranksearch.factors import store
+from ranksearch.joint import Crew, run_together
 from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import RankMap, WidthsRecord
 from ranksearch.recorded import RECORDED, Pair, read_pair, scoring_of
-from ranksearch.retraining import Epoch, Retraining, Schedule
-from ranksearch.rounding import round_for_good, round_while_training, widths_of
-from ranksearch.space import FineTuneSpec, TrackingSpec
+from ranksearch.retraining import Epoch, Retraining, Schedule, Start
+from ranksearch.rounding import round_for_good, widths_of
+from ranksearch.space import FineTuneSpec, ResourcesSpec, TrackingSpec
 from ranksearch.storage import Store
 from ranksearch.surgery import channels_last
 from ranksearch.table import FLOAT_BITS
@@ -39,6 +41,21 @@ if TYPE_CHECKING:
     from ranksearch.tracking import RetrainingRun
 
 Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """Processes that train together on Ray."""
+
+    count: int
+    gpus: int = 0
+    """Of each: one, or none to train on CPUs."""
+    address: str = "local"
+    """Ray cluster; ``local`` starts one on this machine, ``auto`` joins that of this machine."""
+
+
+_AFTERWARDS = {"compressed": "after", "baseline": "baseline"}
+"""What a training is called to what its network's score is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +97,7 @@ def finetune(
     seed: int = 0,
     threads: int | None = None,
     device: Device = "auto",
+    workers: Workers | None = None,
     data: str = RECORDED,
     weights: Path | None = None,
     trust: bool = False,
@@ -100,8 +118,9 @@ def finetune(
         ema_decay: of the average of the weights; 0 keeps none.
         baseline: whether the dense network is trained on the same schedule too.
         seed: of batches and their changes.
-        threads: of the CPU, in training; those that PyTorch is set to by default.
-        device: ``auto`` takes a GPU where there is one.
+        threads: of the CPU, in training; those that PyTorch is set to by default, of several workers one each.
+        device: ``auto`` takes a GPU where there is one; of several workers their GPUs decide.
+        workers: that train together; None trains in this process.
         data: ``"recorded"`` by the map's search, a space file, or a folder that replaces the recorded root.
         weights: of the dense network; those the map records by default.
         trust: whether functions that the map alone names are imported and called.
@@ -112,36 +131,24 @@ def finetune(
 
     Raises:
         RankMapError, ModelError, DataError, SpaceError, TrackingError: something cannot be read or written.
+        EngineError: the workers do not fit the machines, or died.
         FloatingPointError: a loss is not finite.
     """
     _check_output(output, file)
     where = Store(storage)
-    pair = read_pair(file, data=data, weights=weights, cache=where.cache, notify=notify, trust=trust)
-    images, rank_map = cast(Data, pair.data), pair.rank_map
-    if not steps_of(spec, len(images.train)):
-        raise ModelError("a fine-tuning makes at least one step, found epochs 0. Give --epochs.")
-    place = _device(device)
-    schedule = Schedule(
-        spec=spec,
-        dtype=_dtype(spec, place),
-        ema_decay=ema_decay,
-        seed=seed,
-        threads=threads or torch.get_num_threads(),
-        batch_images=scoring_of(rank_map)[1],
-    )
-    trainings = _trainings(pair, schedule, output, place, baseline)
-    run = None if tracking is None else _tracked(tracking, where, output, rank_map, schedule, trainings)
-    widths = rank_map.widths
-    scores = {"dense": _scored(pair.dense, images, rank_map)}
-    scores["before"] = _scored(pair.compressed, images, rank_map, widths)
-    trained: dict[str, nn.Module] = {}
-    with reproducible(schedule.threads):
-        for name, training in trainings.items():
-            trained[name] = _trained(name, training, run, notify, watch)
-            round_for_good(trained[name])
-    scores["after"] = _scored(trained["compressed"], images, rank_map, widths)
-    if baseline:
-        scores["baseline"] = _scored(trained["baseline"], images, rank_map)
+    with _crew(workers, threads, notify) as crew:
+        pair = read_pair(file, data=data, weights=weights, cache=where.cache, notify=notify, trust=trust)
+        images, rank_map = cast(Data, pair.data), pair.rank_map
+        _check_batches(spec, len(images.train), workers)
+        place = torch.device("cpu") if workers else _device(device)
+        schedule = _schedule(spec, workers, place, ema_decay, seed, threads, scoring_of(rank_map)[1])
+        starts = _starts(pair, schedule, place, baseline)
+        trainings = {k: start.build(place, checkpoint=_checkpoints(output) / f"{k}.pt") for k, start in starts.items()}
+        run = None if tracking is None else _tracked(tracking, where, output, rank_map, schedule, trainings)
+        scores = _scores(pair, {"dense": pair.dense, "before": pair.compressed})
+        with reproducible(schedule.threads):
+            trained = {k: _trained(k, starts[k], each, crew, run, notify, watch) for k, each in trainings.items()}
+    scores |= _scores(pair, {_AFTERWARDS[name]: model for name, model in trained.items()})
     curves = {name: training.curve for name, training in trainings.items()}
     found, files = _written(trained, output, _described(rank_map, schedule, scores, curves, len(images.report)))
     if run is not None:
@@ -159,6 +166,36 @@ def _check_output(output: Path, file: Path) -> None:
         raise RankMapError(f"the new rank map must not replace the one it starts from, {file}. Give another file.")
 
 
+@contextmanager
+def _crew(workers: Workers | None, threads: int | None, notify: Notify) -> Iterator[Crew | None]:
+    """The workers, where there are to be some, on Ray for the time being."""
+    if workers is None:
+        yield None
+        return
+    from ranksearch.engine.train import crew  # seconds of imports, so only where it is asked for
+
+    resources = ResourcesSpec(
+        engine="ray",
+        workers=workers.count,
+        cpus_per_trial=threads or 1,
+        gpus_per_trial=workers.gpus,
+        address=workers.address,
+    )
+    notify("reaching Ray", 0, 1)
+    with crew(resources) as found:
+        yield found
+
+
+def _check_batches(spec: FineTuneSpec, images: int, workers: Workers | None) -> None:
+    if not steps_of(spec, images):
+        raise ModelError("a fine-tuning makes at least one step, found epochs 0. Give --epochs.")
+    if workers and min(spec.batch_images, images) < workers.count:
+        raise ModelError(
+            f"each worker needs an image of every batch, found batches of {min(spec.batch_images, images)} images for "
+            f"{workers.count} workers. Give fewer --workers, or larger batches with --batch-images."
+        )
+
+
 def _checkpoints(output: Path) -> Path:
     """The folder of the checkpoints, while there are some."""
     return output.resolve().parent / f".{output.name}.checkpoints"
@@ -170,44 +207,66 @@ def _device(device: Device) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def _schedule(
+    spec: FineTuneSpec,
+    workers: Workers | None,
+    device: torch.device,
+    ema_decay: float,
+    seed: int,
+    threads: int | None,
+    batch_images: int,
+) -> Schedule:
+    return Schedule(
+        spec=spec,
+        dtype=_dtype(spec, torch.device("cuda") if workers and workers.gpus else device),
+        ema_decay=ema_decay,
+        seed=seed,
+        threads=threads or (1 if workers else torch.get_num_threads()),
+        batch_images=batch_images,
+        workers=workers.count if workers else 1,
+        gpus_per_worker=workers.gpus if workers else 0,
+    )
+
+
 def _dtype(spec: FineTuneSpec, device: torch.device) -> torch.dtype:
     if spec.dtype == "auto":
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return torch.bfloat16  # GPUs of other machines, which nobody can ask yet
         return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     found: torch.dtype = getattr(torch, spec.dtype)
     return found
 
 
-def _trainings(
-    pair: Pair, schedule: Schedule, output: Path, device: torch.device, baseline: bool
-) -> dict[str, Retraining]:
-    """The trainings that are asked for, each where its checkpoint is."""
-    dense = channels_last(copy.deepcopy(pair.dense).eval().to(device))
+def _starts(pair: Pair, schedule: Schedule, device: torch.device, baseline: bool) -> dict[str, Start]:
+    """What the trainings that are asked for begin with."""
+    data = cast(Data, pair.data)
     layers = pair.rank_map.layers
     # Rounded factors stay where they are rounded: bringing them to another gauge would undo it.
     chains = {n: (x.format, x.geometry, x.ranks) for n, x in layers.items() if x.bits == FLOAT_BITS}
-    compressed = copy.deepcopy(pair.compressed)
+    bits: dict[str, int] = {}
     if (widths := pair.rank_map.widths) is not None:
-        bits = {name: layer.bits for name, layer in layers.items()}
-        round_while_training(compressed, widths_of(compressed, bits, widths.other_bits))
-    starts = {"compressed": (compressed, chains)}
-    if baseline:
-        starts["baseline"] = (pair.dense, {})
-    return {
-        name: Retraining(
-            channels_last(copy.deepcopy(model).eval().to(device)),
-            dense,
-            cast(Data, pair.data),
-            schedule,
-            chains=replaced,
-            checkpoint=_checkpoints(output) / f"{name}.pt",
-        )
-        for name, (model, replaced) in starts.items()
-    }
+        bits = widths_of(pair.compressed, {name: x.bits for name, x in layers.items()}, widths.other_bits)
+    with reproducible(schedule.threads):
+        ranges = deployed_ranges(channels_last(copy.deepcopy(pair.compressed).eval().to(device)), widths, data)
+    start = Start(
+        model=pair.compressed,
+        dense=pair.dense,
+        data=data,
+        schedule=schedule,
+        chains=chains,
+        bits=bits,
+        ranges=ranges,
+    )
+    if not baseline:
+        return {"compressed": start}
+    return {"compressed": start, "baseline": replace(start, model=pair.dense, chains={}, bits={}, ranges={})}
 
 
 def _trained(
     name: str,
+    start: Start,
     training: Retraining,
+    crew: Crew | None,
     run: RetrainingRun | None,
     notify: Notify,
     watch: Callable[[str, Epoch], None],
@@ -222,10 +281,25 @@ def _trained(
             watch(name, epoch)
 
     what = f"fine-tuning the {'compressed' if name == 'compressed' else 'dense'} network"
-    return training.run(progress=lambda done, total: notify(what, done, total), watch=grown)
+
+    def progress(done: int, total: int) -> None:
+        notify(what, done, total)
+
+    if crew is None:
+        model = training.run(progress=progress, watch=grown)
+    else:
+        model = run_together(crew, start, training, progress=progress, watch=grown)
+    round_for_good(model)
+    return model
 
 
-def _scored(model: nn.Module, data: Data, rank_map: RankMap, widths: WidthsRecord | None = None) -> Scored:
+def _scores(pair: Pair, networks: Mapping[str, nn.Module]) -> dict[str, Scored]:
+    """Of networks by their names; the compressed one, ``before`` and ``after``, computes in its widths."""
+    few, data = {"before": pair.rank_map.widths, "after": pair.rank_map.widths}, cast(Data, pair.data)
+    return {name: _scored(model, data, pair.rank_map, few.get(name)) for name, model in networks.items()}
+
+
+def _scored(model: nn.Module, data: Data, rank_map: RankMap, widths: WidthsRecord | None) -> Scored:
     """As ``ranksearch evaluate`` scores: with the threads, the batches and the device of the search."""
     count, batch_images, device = scoring_of(rank_map)
     model = channels_last(copy.deepcopy(model).eval().to(device))

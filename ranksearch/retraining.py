@@ -3,13 +3,14 @@
 Distillation from the dense network and a cosine, as in ``training.py``; beside the weights that are trained goes their
 exponential moving average (Polyak and Juditsky 1992), whose decay grows with the steps: min(decay, (1 + t) / (10 + t)).
 After every epoch everything that the rest depends on is written to a checkpoint, from which the training goes on bit
-for bit (on CPUs, with the same number of threads).
+for bit (on CPUs, with the same number of threads). A team of processes makes the same steps together.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from ranksearch.errors import ModelError
 from ranksearch.evaluation import score
 from ranksearch.factors import content_hash
 from ranksearch.refit import Chain, regauge
+from ranksearch.rounding import Range, round_while_training, rounding_activations
 from ranksearch.space import FineTuneSpec
+from ranksearch.surgery import channels_last
+from ranksearch.team import ALONE, Team
 from ranksearch.training import Training, steps_of, steps_of_epoch
 
 
@@ -42,6 +46,10 @@ class Schedule:
     """CPU threads that the caller has set: the last bits depend on them."""
     batch_images: int
     """Images scored at a time."""
+    workers: int = 1
+    """Processes among which each batch is split."""
+    gpus_per_worker: int = 0
+    """Of each of several; one alone takes the device that it is on."""
     regauge_steps: int = 10
     """Steps after which factors with a gauge of their own are brought to their least sensitive one; 0 never."""
 
@@ -74,7 +82,10 @@ class Retraining:
         data: training images train, search-validation images draw the curve.
         schedule: how.
         chains: layer to format, geometry and ranks, of the layers that were replaced.
-        checkpoint: file; where it exists the training goes on from it.
+        ranges: layer to the range in which what goes into it is rounded, in training and where the curve is drawn;
+            gradients pass straight through. A checkpoint keeps them.
+        checkpoint: file; where it exists the training goes on from it. None writes none.
+        team: the processes that train together. The leader alone has the average and the curve.
 
     Raises:
         ModelError: the checkpoint is of another training, or cannot be read.
@@ -88,22 +99,33 @@ class Retraining:
         schedule: Schedule,
         *,
         chains: Mapping[str, Chain],
-        checkpoint: Path,
+        checkpoint: Path | None,
+        ranges: Mapping[str, Range] = {},
+        team: Team = ALONE,
     ) -> None:
         self.model, self.dense, self.data, self.schedule, self.checkpoint = model, dense, data, schedule, checkpoint
+        self.ranges, self.team = dict(ranges), team
         self.chains = {name: chain for name, chain in chains.items() if not FORMATS[chain[0]].nested}
         self.device = next(model.parameters()).device
         self.identity = self._identity()
-        self.average = copy.deepcopy(model).eval() if schedule.ema_decay > 0 else None
+        self.average = copy.deepcopy(model).eval() if schedule.ema_decay > 0 and team.leads else None
         self.curve: list[Epoch] = []
         self.training = Training(
-            model, dense, data.train, self._input, schedule.spec, data.augment, seed=schedule.seed, dtype=schedule.dtype
+            model,
+            dense,
+            data.train,
+            self._input,
+            schedule.spec,
+            data.augment,
+            seed=schedule.seed,
+            dtype=schedule.dtype,
+            team=team,
         )
         self.total = steps_of(schedule.spec, len(data.train))
         self.epoch_steps = steps_of_epoch(schedule.spec, len(data.train))
         self._losses: list[float] = []
-        if checkpoint.exists():
-            self._load(read_checkpoint(checkpoint))
+        if checkpoint is not None and checkpoint.exists():
+            self._load(read_checkpoint(checkpoint), checkpoint)
 
     def run(
         self,
@@ -111,7 +133,7 @@ class Retraining:
         progress: Callable[[int, int], None] = lambda done, total: None,
         watch: Callable[[list[Epoch]], None] = lambda curve: None,
     ) -> nn.Module:
-        """Make the steps that are left; returns the network or its average, whichever loses less on the search images.
+        """Make the steps that are left; returns the better network, as ``better`` has it.
 
         Args:
             progress: called after each step with the steps done and their total.
@@ -122,15 +144,52 @@ class Retraining:
             ModelError: a checkpoint cannot be written.
         """
         watch(self.curve)
-        while self.training.steps < self.total:
-            self._step()
-            if self.training.steps % self.epoch_steps == 0 or self.training.steps == self.total:
-                self._end_epoch()
-                watch(self.curve)
-            progress(self.training.steps, self.total)
+        with ExitStack() as stack:
+            for network in (self.model, self.average):
+                if network is not None:
+                    stack.enter_context(rounding_activations(network, self.ranges))
+            while not self.done:
+                self._step()
+                if self.training.steps % self.epoch_steps == 0 or self.training.steps == self.total:
+                    if self.team.leads:
+                        self._end_epoch()
+                        watch(self.curve)
+                    self._losses = []
+                progress(self.training.steps, self.total)
+        return self.better() if self.team.leads else self.model
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.training.steps >= self.total
+
+    def better(self) -> nn.Module:
+        """The network or its average, whichever loses less on the search images at the end of the curve."""
         last = self.curve[-1]
         averaged = last.loss_search_ema is not None and last.loss_search_ema <= last.loss_search
         return self.average if self.average is not None and averaged else self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the remaining steps depend on, at the end of an epoch."""
+        return {
+            "training": self.training.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "curve": [asdict(epoch) for epoch in self.curve],
+            "ranges": {name: asdict(each) for name, each in self.ranges.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, in a training made with the same arguments."""
+        self.training.load_state_dict(state["training"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.curve = [Epoch(**epoch) for epoch in state["curve"]]
+        self.ranges = {name: Range(**each) for name, each in state["ranges"].items()}
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.checkpoint is not None:
+            write_checkpoint({"retraining": self.identity, **self.state_dict()}, self.checkpoint)
 
     def _step(self) -> None:
         self.training.set_mode()
@@ -140,11 +199,14 @@ class Retraining:
             self.model.eval()
         every = self.schedule.regauge_steps
         if self.chains and every and self.training.steps % every == 0:
-            regauge(self.model, self.chains)
+            if self.team.leads:
+                regauge(self.model, self.chains)
+            self.team.as_leader(p for name in self.chains for p in self.model.get_submodule(name).parameters())
         if self.average is not None:
             _follow(self.average, self.model, self.schedule.ema_decay, self.training.steps)
 
     def _end_epoch(self) -> None:
+        """The leader's alone."""
         ours = self._score(self.model)
         theirs = None if self.average is None else self._score(self.average)
         self.curve.append(
@@ -158,35 +220,24 @@ class Retraining:
                 loss_search_ema=None if theirs is None else theirs[1],
             )
         )
-        self._losses = []
-        write_checkpoint(
-            {
-                "retraining": self.identity,
-                "training": self.training.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
-                "curve": [asdict(epoch) for epoch in self.curve],
-            },
-            self.checkpoint,
-        )
+        self.save()
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def _load(self, state: Mapping[str, Any], file: Path) -> None:
         if state.get("retraining") != self.identity:
             raise ModelError(
                 f"a training goes on from its own checkpoint only: this one is {self.identity}, that of "
-                f"{self.checkpoint} is {state.get('retraining')}. Give the arguments of that training, or remove the "
+                f"{file} is {state.get('retraining')}. Give the arguments of that training, or remove the "
                 "file to start afresh."
             )
-        self.training.load_state_dict(state["training"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.curve = [Epoch(**epoch) for epoch in state["curve"]]
+        self.load_state_dict(state)
 
     def _identity(self) -> str:
         """What the course of the training depends on."""
         data, (ours, taught) = self.data, (content_hash(one.state_dict().values()) for one in (self.model, self.dense))
         return (
             f"{self.schedule} of weights {ours}, taught by {taught}, on {data.digest or len(data.train)} with mean "
-            f"{data.mean}, std {data.std} and {data.augment!r}, {self.device.type}"
+            f"{data.mean}, std {data.std} and {data.augment!r}, {len(self.ranges)} activations rounded, "
+            f"{self.device.type}"
         )
 
     def _input(self, split: Split, index: Tensor) -> Tensor:
@@ -195,6 +246,36 @@ class Retraining:
     def _score(self, model: nn.Module) -> tuple[float, float]:
         found = score(model, self.data.search, self.data, batch_images=self.schedule.batch_images, device=self.device)
         return found.accuracy, found.loss
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Start:
+    """What a retraining begins with; it can be pickled, and built in any process."""
+
+    model: nn.Module
+    """As it is stored: nothing of it is rounded by parametrisation yet."""
+    dense: nn.Module
+    data: Data
+    schedule: Schedule
+    chains: Mapping[str, Chain]
+    bits: Mapping[str, int]
+    """Of the weights of every layer that is rounded while it trains."""
+    ranges: Mapping[str, Range]
+
+    def build(self, device: torch.device, *, checkpoint: Path | None, team: Team = ALONE) -> Retraining:
+        """The retraining on a device; networks are copied. See :class:`Retraining`."""
+        model, dense = (channels_last(copy.deepcopy(one).eval().to(device)) for one in (self.model, self.dense))
+        round_while_training(model, self.bits)
+        return Retraining(
+            model,
+            dense,
+            self.data,
+            self.schedule,
+            chains=self.chains,
+            ranges=self.ranges,
+            checkpoint=checkpoint,
+            team=team,
+        )
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ranksearch.data import Split, augmented
 from ranksearch.refit import batch_norms
 from ranksearch.space import AugmentSpec, FineTuneSpec
+from ranksearch.team import ALONE, Team
 
 ToInput = Callable[[Split, Tensor], Tensor]
 """Images of a split at the given indices, as a network's input."""
@@ -72,6 +73,7 @@ class Training:
     The caller sets the model's mode. What is trained at which rate follows the spec, with its cycle of the rate and its
     weight decay on kernels; or it is ``groups``: parameters and the constant rate of each group, by SGD without decay.
     Layers that draw numbers, like dropout, draw the training's own; torch's global generators are left as they are.
+    A ``team`` trains on the batches that one process would, each member on its share, and ends in the same weights.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Training:
         seed: int,
         dtype: torch.dtype,
         groups: Sequence[tuple[Sequence[Tensor], float]] | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self.model, self.dense, self.spec, self.dtype = model, dense, spec, dtype
+        self.model, self.dense, self.spec, self.dtype, self.team = model, dense, spec, dtype, team
+        self._joined = team.joined(model)
         self.split, self.to_input, self.augment = split, to_input, augment
         self.cycled = groups is None
         self.total = steps_of(spec, len(split.labels))
@@ -98,8 +102,9 @@ class Training:
         self._place = 0
         self._device = next(model.parameters()).device
         # Another seed than that of the batches, lest the layers draw the same numbers.
+        self._seed = seed ^ 2**31
         self._drawing = {
-            kind: torch.Generator(kind).manual_seed(seed ^ 2**31).get_state() for kind in {"cpu", self._device.type}
+            kind: torch.Generator(kind).manual_seed(self._seed).get_state() for kind in {"cpu", self._device.type}
         }
         """States of the global generators that layers draw from."""
         parts = _kernels_and_others(model, spec) if groups is None else [_group(p, rate, 0.0) for p, rate in groups]
@@ -121,15 +126,22 @@ class Training:
         for group in self.optimiser.param_groups if self.cycled else ():
             group["lr"] = self.spec.largest_rate * _schedule(self.steps, self.total)
         batch = self._batch()
-        images = augmented(self.to_input(self.split, batch), self.augment, self._generator)
-        labels = self._labels[batch].to(images.device)
+        part = self.team.share(len(batch))
+        images = self.to_input(self.split, batch[part])
+        images = augmented(images, self.augment, self._generator, batch=len(batch), part=part)
+        labels = self._labels[batch[part]].to(images.device)
         with self._own_draws():
-            loss = _loss(self.model, self.dense, images, labels, self.spec, self.dtype)
-        value = float(loss.detach())
+            loss = _loss(self._joined, self.dense, images, labels, self.spec, self.dtype)
+        share = len(images) / len(batch)
+        value = self.team.total(loss * share)
         if not math.isfinite(value):
-            raise FloatingPointError(f"fine-tuning diverged: the loss is {value} at step {self.steps} of {self.total}")
+            raise FloatingPointError(
+                f"fine-tuning diverged: the loss is {value} at step {self.steps} of {self.total}. "
+                "Lower the learning rate."
+            )
         self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        # Gradients are averaged over the team: those of unequal shares count by their images.
+        torch.autograd.backward(loss * (share * self.team.size))
         self.optimiser.step()
         self.steps += 1
         return value
@@ -139,6 +151,10 @@ class Training:
         """Torch's global generators are meanwhile those of this training."""
         cuda = self._device.type == "cuda"
         with torch.random.fork_rng(devices=[self._device] if cuda else []):
+            if self.team.size > 1:  # others for every member, and known without its checkpoint
+                torch.manual_seed(self._seed + self.steps * self.team.size + self.team.place)
+                yield
+                return
             torch.set_rng_state(self._drawing["cpu"])
             if cuda:
                 torch.cuda.set_rng_state(self._drawing["cuda"], self._device)

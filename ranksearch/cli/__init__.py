@@ -56,7 +56,7 @@ _EXAMPLES: dict[Callable[..., None], str] = {
     networks.apply: "apply rank_map.json --to onnx -o compressed.onnx",
     networks.evaluate: "evaluate rank_map.json",
     networks.report: "report rank_map.json -o report.html",
-    finetuning.finetune: "finetune rank_map.json --epochs 60 --baseline -o finetuned.json",
+    finetuning.finetune: "finetune rank_map.json --epochs 60 --baseline -o finetuned.json --workers 4",
     watching.dashboard: "dashboard first",
     studies.ui: "ui first --port 5001",
     jobs.submit: "submit search_spaces/quickstart.yaml --address http://127.0.0.1:8265 --follow",
@@ -84,6 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1 if isinstance(error, BudgetError | ExportError | RebuildError) else 2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         complain(error)
         raise SystemExit(1) from None

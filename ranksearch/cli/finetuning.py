@@ -25,6 +25,19 @@ _ROWS = {
     "after": "compressed, after",
 }
 
+_Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="CPU threads of training; PyTorch's by default, with --workers 1 each."),
+]
+_Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Train on Ray, each batch split among N workers; without it in here."),
+]
+_Gpus = Annotated[int, typer.Option(min=0, max=1, help="0: workers train on CPUs.")]
+_Address = Annotated[
+    str, typer.Option(metavar="local|auto|HOST:PORT", help="Ray of the workers; local starts one here.")
+]
+
 
 def finetune(
     rank_map: Annotated[Path, typer.Argument(metavar="RANK_MAP.json|COMPRESSED.safetensors", show_default=False)],
@@ -47,10 +60,11 @@ def finetune(
         bool, typer.Option("--baseline", help="Train the dense network on the same schedule too, for a fair drop.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of batches and their changes.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="CPU threads of training; PyTorch's by default.")
-    ] = None,
+    threads: _Threads = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")] = "auto",
+    workers: _Workers = None,
+    gpus_per_worker: _Gpus = 0,
+    address: _Address = "local",
     data: Annotated[
         str, typer.Option(metavar="SPACE.yaml|FOLDER|recorded", help="Images; a folder replaces the recorded root.")
     ] = "recorded",
@@ -70,6 +84,10 @@ def finetune(
     """Train a compressed network to the end; after a kill, the same command goes on from the last epoch."""
     if device not in ("auto", "cpu", "cuda"):
         raise typer.BadParameter(f"--device must be auto, cpu or cuda, found {device}")
+    if workers is None and (gpus_per_worker or address != "local"):
+        raise typer.BadParameter("--gpus-per-worker and --address are those of workers, found none. Give --workers")
+    if workers is not None and device != "auto":
+        raise typer.BadParameter(f"with --workers, --gpus-per-worker decides, found --device {device}. Leave it out")
     spec = _spec(
         epochs=epochs,
         batch_images=batch_images,
@@ -79,6 +97,7 @@ def finetune(
         temperature=temperature,
         dtype=precision,
     )
+    from ranksearch.finetuning import Workers
     from ranksearch.finetuning import finetune as run
     from ranksearch.space import TrackingSpec
 
@@ -92,6 +111,7 @@ def finetune(
             seed=seed,
             threads=threads,
             device=device,  # type: ignore[arg-type]
+            workers=None if workers is None else Workers(count=workers, gpus=gpus_per_worker, address=address),
             data=data,
             weights=weights,
             trust=trust,

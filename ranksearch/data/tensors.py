@@ -27,16 +27,24 @@ def to_input(images: Images, data: Data, device: torch.device | str = "cpu") -> 
     return x.to(torch.float32).div_(scale).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 
 
-def augmented(images: Tensor, spec: AugmentSpec, generator: torch.Generator) -> Tensor:
+def augmented(
+    images: Tensor,
+    spec: AugmentSpec,
+    generator: torch.Generator,
+    *,
+    batch: int | None = None,
+    part: slice = slice(None),
+) -> Tensor:
     """``images`` ``(N, C, H, W)``, each mirrored or not, and shifted by up to ``spec.crop_px`` over zeros.
 
     The zeros are those of normalised images (the mean colour). The same state of ``generator`` gives the same changes
-    on any device.
+    on any device. Where ``images`` are the ``part`` of a ``batch`` of so many, the changes of all of it are drawn.
     """
     count, _, height, width = images.shape
 
     def drawn(high: int) -> Tensor:
-        return torch.randint(high, (count,), generator=generator, device=generator.device).to(images.device)
+        all_of_them = torch.randint(high, (batch or count,), generator=generator, device=generator.device)
+        return all_of_them[part].to(images.device)
 
     if spec.flip:
         images = torch.where(drawn(2).bool().view(-1, 1, 1, 1), images.flip(3), images)

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import secrets
+import socket
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -35,6 +36,7 @@ _ENVIRONMENT = {
 """Tune without files, tables and warnings of its own (the study is the record), and Ctrl-C left to us."""
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+_KNOCKING_SECONDS = 30.0
 _TRIES = 3
 """How often Ray is started here: on a busy machine it gives up on its own processes after half a minute."""
 _ENDING_SECONDS = 10.0
@@ -69,9 +71,10 @@ def cluster(spec: ResourcesSpec) -> Iterator[None]:
         if local:
             _start(spec, started)
         else:
+            _knock(spec.address)
             ray.init(address=spec.address, **_QUIET)
     except Exception as error:
-        remedy = "Check resources.address and the cluster's token." if not local else "Check memory and disk."
+        remedy = "Check the address and the cluster's token." if not local else "Check memory and disk."
         raise EngineError(f"cannot reach Ray at {spec.address!r}: {reason(error)}. {remedy}") from error
     try:
         yield
@@ -81,6 +84,13 @@ def cluster(spec: ResourcesSpec) -> Iterator[None]:
         family = started.family() if local else []
         ray.shutdown()
         end(family, seconds=_ENDING_SECONDS)
+
+
+def _knock(address: str) -> None:
+    """Raise an ``OSError`` where nobody listens at ``HOST:PORT``: Ray would try for ten minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCKING_SECONDS).close()
 
 
 def _start(spec: ResourcesSpec, started: Started) -> None:

@@ -55,9 +55,7 @@ def workers(spec: ResourcesSpec, nodes: Sequence[Node]) -> int:
     fitting = sum(_fitting(spec, node) for node in nodes)
     if fitting >= (spec.workers or 1):
         return spec.workers or fitting
-    kinds = Counter(_told(spec, node) for node in nodes)
-    found = " + ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()) or "no machine"
-    need = f"a trial needs {_needed(spec)}, and Ray has {found}"
+    need = f"a trial needs {_needed(spec)}, and Ray has {_all_told(spec, nodes)}"
     if fitting:
         raise EngineError(
             f"{need}: {fitting} fit at once, found resources.workers={spec.workers}. "
@@ -73,6 +71,31 @@ def workers(spec: ResourcesSpec, nodes: Sequence[Node]) -> int:
     else:
         remedy = "Lower resources.cpus_per_trial"
     raise EngineError(f"{need}: none fits. {remedy}, or search on larger machines.")
+
+
+def check_team(spec: ResourcesSpec, nodes: Sequence[Node] | None = None) -> None:
+    """Whether all the workers of a training run at once; without ``nodes`` this machine is asked, where it is meant.
+
+    Raises:
+        EngineError: they do not.
+    """
+    if nodes is None:
+        if spec.address != "local":
+            return
+        nodes = [Node(os.cpu_count() or 1, _gpus() if spec.gpus_per_trial else 0)]
+    fitting = sum(_fitting(spec, node) for node in nodes)
+    if fitting >= (spec.workers or 1):
+        return
+    if fitting:
+        remedy = f"{fitting} fit at once. Give --workers {fitting}, or train on more machines with --address"
+    elif spec.gpus_per_trial > max((node.gpus for node in nodes), default=0.0):
+        remedy = "none fits. Leave out --gpus-per-worker, or train where there are GPUs with --address"
+    else:
+        remedy = "none fits. Lower --threads, or train on larger machines with --address"
+    raise EngineError(
+        f"each worker of a training needs {_needed(spec)}, and Ray has {_all_told(spec, nodes)}: "
+        f"found --workers {spec.workers}, {remedy}."
+    )
 
 
 def _fitting(spec: ResourcesSpec, node: Node) -> int:
@@ -102,6 +125,12 @@ def _needed(spec: ResourcesSpec) -> str:
     memory = f", {spec.memory_gb_per_trial:g} GB of memory" if spec.memory_bytes else ""
     labels = f" on a machine labelled {_shown(spec.labels)}" if spec.labels else ""
     return f"{spec.cpus_per_trial:g} CPUs and {spec.gpus_per_trial:g} GPUs{memory}{labels}"
+
+
+def _all_told(spec: ResourcesSpec, nodes: Sequence[Node]) -> str:
+    """What all machines have."""
+    kinds = Counter(_told(spec, node) for node in nodes)
+    return " + ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.items()) or "no machine"
 
 
 def _told(spec: ResourcesSpec, node: Node) -> str:

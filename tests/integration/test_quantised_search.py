@@ -17,6 +17,7 @@ from ranksearch.handover import compare, export_trial
 from ranksearch.launch import search
 from ranksearch.rankmap import RankMap
 from ranksearch.report import write_report
+from ranksearch.retraining import Epoch
 from ranksearch.space import FineTuneSpec
 from ranksearch.storage import Store
 from ranksearch.study import Study
@@ -126,6 +127,42 @@ def test_training_keeps_the_grid(study: Study, folder: Path, tmp_path: Path) -> 
     assert coarse(load_file(done.files[1]), RankMap.load(tmp_path / "t.json"))
     assert done.scores["after"].loss != done.scores["before"].loss
     assert compare(tmp_path / "t.json", storage=folder).compressed.accuracy == done.scores["after"].accuracy
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_full_training_sees_rounded_activations_through_an_interruption(
+    study: Study, folder: Path, tmp_path: Path
+) -> None:
+    made = export_trial(
+        study, study.trials()[0], Store(folder), tmp_path / "m.json", weights=tmp_path / "w.safetensors"
+    )
+    spec = FineTuneSpec(epochs=3, batch_images=400, optimiser="sgd", batch_norm="batch", learning_rate=0.01)
+
+    def tuned(name: str, rank_map: Path = tmp_path / "m.json", stop: bool = False) -> dict[str, torch.Tensor]:
+        def watch(network: str, epoch: Epoch) -> None:
+            if stop and epoch.epoch == 2:
+                raise Killed
+
+        output = tmp_path / f"{name}.json"
+        return load_file(finetune(rank_map, output, spec=spec, storage=folder, watch=watch).files[1])
+
+    whole = tuned("whole")
+    with pytest.raises(Killed):
+        tuned("parts", stop=True)
+    parts = tuned("parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    curves = [RankMap.load(tmp_path / f"{name}.json").provenance["finetune"]["curves"] for name in ("whole", "parts")]
+    assert curves[0] == curves[1]
+
+    assert made.widths is not None
+    exact = made.widths.model_copy(update={"activation_bits": 32})
+    made.model_copy(update={"widths": exact}).save(tmp_path / "exact.json")
+    other = tuned("other", tmp_path / "exact.json")
+    assert any(not torch.equal(whole[key], other[key]) for key in whole if key.endswith("weight"))
 
 
 @pytest.mark.parametrize(
