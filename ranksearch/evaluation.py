@@ -32,6 +32,7 @@ from ranksearch.rankmap import LayerRanks
 from ranksearch.refit import batch_norms, recalibrate, regauge, sensitivity_of, sequential_regression
 from ranksearch.rounding import (
     Clip,
+    Range,
     ranges,
     round_for_good,
     round_weights,
@@ -46,7 +47,7 @@ from ranksearch.table import FLOAT_BITS, Candidate, PriceTable
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Outcome, Task, constraints, minimised, objective_values
 
-_RANGE_IMAGES = 128
+RANGE_IMAGES = 128
 """Calibration images that ranges of activations are found on."""
 _RECORDS = 50
 """Entries in a funnel run's history, at most one or two more."""
@@ -92,12 +93,17 @@ def as_deployed(model: nn.Module, widths: Widths | None, data: Data) -> Iterator
 
     Ranges are those of the weights that ``model`` has when this begins; None, and 32 bits, round nothing.
     """
-    known = {}
-    if widths is not None and widths.activation_bits < FLOAT_BITS:
-        images = to_input(data.calibration[:_RANGE_IMAGES], data, next(model.parameters()).device)
-        known = ranges(model, widths_of(model, {}, FLOAT_BITS), images, widths.clip)
+    known = {} if widths is None else deployed_ranges(model, widths, data)
     with rounding_activations(model, known):
         yield
+
+
+def deployed_ranges(model: nn.Module, widths: Widths, data: Data) -> dict[str, Range]:
+    """The ranges of :func:`as_deployed`, by module; none of 32 bits."""
+    if widths.activation_bits == FLOAT_BITS:
+        return {}
+    images = to_input(data.calibration[:RANGE_IMAGES], data, next(model.parameters()).device)
+    return ranges(model, widths_of(model, {}, FLOAT_BITS), images, widths.clip)
 
 
 @contextmanager
