@@ -87,7 +87,8 @@ def whole_numbers(kernel: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
         return None
     whole = (shares * most).round()
     # The step of least squares: last digits that every weight has lost alone cancel out.
-    step = torch.where(alive[:, 0], (rows * whole).sum(1) / whole.square().sum(1).clamp_min(1), 1).float()
+    step = (rows * whole).sum(1) / whole.square().sum(1).clamp_min(1)
+    step = torch.where(alive[:, 0], step, 1).float().clamp_min(torch.finfo(torch.float32).tiny)
     return whole.to(torch.int8).reshape(kernel.shape), step
 
 

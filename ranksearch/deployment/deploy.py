@@ -1,6 +1,7 @@
 """From a rank map to a file that the network runs from: written aside, read back, compared, and only then put in place.
 
-The comparison is with the compressed network as it was built, before any folding, on real images.
+The comparison is with the compressed network as it was built, before any folding, on real images; where the whole
+numbers of a map with widths are written, with the simulation that its search scored.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,26 +57,37 @@ def write_whole(job: Job, widths: WidthsRecord, path: Path) -> None:
             graph.round_layer(name, model.get_submodule(name), width, (job.ranges or {}).get(name))
         ends = graph.ends()
         images = torch.cat(job.calibration)
-        graph.round_ends(ends, _ranges(plain, [end.name for end in ends], images, widths, Path(folder)))
+        wider = Path(folder) / "wider.onnx"
+        _save(_giving(ir.load(plain), [str(end.name) for end in ends]), wider, model)
+        graph.round_ends(ends, [range_of(value, widths.clip) for value in _values(wider, images, len(ends))])
         graph.tidy()
-        large = plain.stat().st_size > LARGEST
-        ir.save(made, path, external_data=f"{path.name}.data" if large else None)
+        _save(made, path, model)
 
 
-def _ranges(plain: Path, names: Iterable[Any], images: Tensor, widths: WidthsRecord, folder: Path) -> list[Range]:
-    """The ranges of values inside the graph in float32, one value after another."""
-    import onnxruntime
-    from onnxscript import ir
-
-    made = ir.load(plain)
+def _giving(made: ir.Model, names: list[str]) -> ir.Model:
+    """The model with values from inside it as further outputs."""
     values = {value.name: value for node in made.graph for value in node.outputs}
     made.graph.outputs.extend(values[name] for name in names)
-    ir.save(made, folder / "wider.onnx")
+    return made
+
+
+def _values(file: Path, images: Tensor, count: int) -> Iterator[Tensor]:
+    """The last outputs of a model, one after another, so that only one is held."""
+    import onnxruntime
+
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(folder / "wider.onnx"), options, providers=["CPUExecutionProvider"])
-    feed = {INPUT: images.contiguous().numpy()}
-    return [range_of(torch.from_numpy(session.run([name], feed)[0]), widths.clip) for name in names]
+    session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    for name in names[len(names) - count :]:
+        yield torch.from_numpy(session.run([name], {INPUT: images.contiguous().numpy()})[0])
+
+
+def _save(made: ir.Model, path: Path, model: nn.Module) -> None:
+    from onnxscript import ir
+
+    size = sum(value.nbytes for value in model.state_dict().values())
+    ir.save(made, path, external_data=f"{path.name}.data" if size > LARGEST else None)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -189,6 +189,7 @@ def test_four_bits_take_half_a_byte(written: tuple[Path, Job]) -> None:
 def test_all_convolutions_run_in_int8(written: tuple[Path, Job]) -> None:
     """Strided, dilated, grouped, depthwise, tied, behind a skip: all but linear layers on tokens."""
     file, job = written
+    assert (job.folded.norms, job.folded.merged) == (1, 0), "a product of two kernels is not rounded"
     kinds = operators(optimised(file))
     assert kinds["Conv"] == 0
     assert kinds["QLinearConv"] == sum(isinstance(module, nn.Conv2d | TiedConv) for module in job.network.modules())
