@@ -47,7 +47,7 @@ from ranksearch.table import FLOAT_BITS, Candidate, PriceTable
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Outcome, Task, constraints, minimised, objective_values
 
-_RANGE_IMAGES = 128
+RANGE_IMAGES = 128
 """Calibration images that ranges of activations are found on."""
 _RECORDS = 50
 """Entries in a funnel run's history, at most one or two more."""
@@ -98,7 +98,7 @@ def deployed_ranges(model: nn.Module, widths: Widths | None, data: Data) -> dict
     """Ranges, on the first calibration images, of what goes into every layer; None, and 32 bits, round nothing."""
     if widths is None or widths.activation_bits == FLOAT_BITS:
         return {}
-    images = to_input(data.calibration[:_RANGE_IMAGES], data, next(model.parameters()).device)
+    images = to_input(data.calibration[:RANGE_IMAGES], data, next(model.parameters()).device)
     return ranges(model, widths_of(model, {}, FLOAT_BITS), images, widths.clip)
 
 

@@ -35,15 +35,20 @@ class Folded:
     """1x1 convolutions or linear layers that were merged into the one before them."""
 
 
-def folded(model: nn.Module, input_shape: Shape) -> Folded:
+def folded(model: nn.Module, input_shape: Shape, *, merge: bool = True) -> Folded:
     """A copy of ``model`` that computes the same in evaluation mode, up to rounding, with less work.
+
+    Args:
+        model: a network; it is untouched.
+        input_shape: of one image.
+        merge: whether 1x1 neighbours are merged, too. The product of two kernels of few bits is none of few bits.
 
     Raises:
         ModelError: the network does not run on inputs of ``input_shape``.
     """
     quick, norms = _norms_folded(replaced(model, {}).eval(), input_shape)
     merged = 0
-    while (pair := _cheapest_merge(quick, input_shape)) is not None:
+    while merge and (pair := _cheapest_merge(quick, input_shape)) is not None:
         first, second, module = pair
         quick = replaced(quick, {first: module, second: nn.Identity()})
         merged += 1

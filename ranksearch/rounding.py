@@ -29,6 +29,8 @@ _OUTERMOST = 1e-4
 """Share of the values that the percentile leaves out, half at each end."""
 _SAMPLE = 2**16
 """Values of an activation that its range is found on."""
+_OFF_GRID = 1e-3
+"""Steps that a multiple may lie beside a whole number: far above the last digits, far below one part in 127."""
 _DAMPING = 0.01
 """Added to the diagonal of the second moments, relative to its mean, as in GPTQ."""
 
@@ -64,6 +66,30 @@ def _whole(kernel: Tensor, bits: int) -> Tensor:
 def _rounded_at(kernel: Tensor, scale: Tensor, bits: int) -> Tensor:
     largest, zero = 2 ** (bits - 1) - 1, torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(kernel, scale, zero, 0, -largest, largest)
+
+
+def whole_numbers(kernel: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
+    """What a rounded kernel ``(T, ...)`` is made of, up to the last digits: of each channel the coarsest step there is.
+
+    Returns:
+        the whole numbers, int8 ``(T, ...)``, and the steps, float32 ``(T,)``, whose products the kernel is; None where
+        a channel is no whole multiples of one step.
+    """
+    rows = kernel.detach().flatten(1).double()
+    top = rows.abs().amax(1, keepdim=True)
+    alive = top > 0
+    shares = rows / torch.where(alive, top, 1)
+    most = torch.where(alive, 0, 1)
+    for count in range(2 ** (bits - 1) - 1, 0, -1):  # the largest weight is one of the multiples
+        fits = ((shares * count).round() - shares * count).abs().amax(1, keepdim=True) < _OFF_GRID
+        most = torch.where(fits & alive, count, most)
+    if not bool((most > 0).all()):
+        return None
+    whole = (shares * most).round()
+    # The step of least squares: last digits that every weight has lost alone cancel out.
+    step = (rows * whole).sum(1) / whole.square().sum(1).clamp_min(1)
+    step = torch.where(alive[:, 0], step, 1).float().clamp_min(torch.finfo(torch.float32).tiny)
+    return whole.to(torch.int8).reshape(kernel.shape), step
 
 
 def rounded_to_outputs(kernel: Tensor, moments: Tensor, bits: int) -> Tensor:

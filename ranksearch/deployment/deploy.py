@@ -1,6 +1,7 @@
 """From a rank map to a file that the network runs from: written aside, read back, compared, and only then put in place.
 
-The comparison is with the compressed network as it was built, before any folding, on real images.
+The comparison is with the compressed network as it was built, before any folding, on real images; where the whole
+numbers of a map with widths are written, with the simulation that its search scored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranksearch.data import Data, to_input
 from ranksearch.deployment.int8 import ONNX_INT8
@@ -26,6 +27,7 @@ from ranksearch.deployment.portable import ONNX, PT2, SAFETENSORS
 from ranksearch.deployment.source import PYTHON
 from ranksearch.deployment.target import Job, Runner, Target, first_line
 from ranksearch.errors import ExportError, RanksearchError
+from ranksearch.evaluation import RANGE_IMAGES, deployed_ranges
 from ranksearch.export import file_hash, load_compressed, read_compressed
 from ranksearch.factors import threads
 from ranksearch.handover import compress
@@ -34,6 +36,7 @@ from ranksearch.models import build_model
 from ranksearch.preparation import Notify, silent, versions
 from ranksearch.rankmap import RankMap
 from ranksearch.recorded import RECORDED, check_factories, load_recorded, scoring_of
+from ranksearch.rounding import Range, rounding_activations
 from ranksearch.space import ModelSpec
 from ranksearch.storage import Store
 from ranksearch.surgery import count_macs, count_params, run_one
@@ -53,6 +56,8 @@ TOLERANCE = 1e-4
 """Largest difference of an output: absolute where no output is above 1, else as a share of the largest."""
 LEAST_AGREEMENT = 0.9
 """Share of the images for which an export that is not exact must name the same class."""
+LEAST_AGREEMENT_WHOLE = 0.97
+"""The same, of the whole numbers of a map with widths beside the simulation of its search."""
 CALIBRATION_IMAGES = 512
 """Images that such an export is calibrated on, at most."""
 LATENCY_BATCHES = (1, 64)
@@ -146,11 +151,14 @@ def deploy(
         network = load_compressed(rank_map, structure, cast(Path, stored))
     _check_outputs(run_one(network, rank_map.model.input_shape), rank_map)
     loaded = None if source == NOISE else load_recorded(rank_map, source, Store(storage).cache, notify)
+    with threads(scoring_of(rank_map)[0]):
+        ranges = None if target.exact or loaded is None else _ranges(network, rank_map, loaded)
     job = Job(
         rank_map=rank_map.model_copy(update={"weights": None}),
         network=network,
         structure=structure,
-        calibration=_calibration(target, loaded),
+        calibration=_calibration(target, loaded, whole=ranges is not None),
+        ranges=ranges,
     )
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as folder:
         aside = Path(folder) / output.name
@@ -201,11 +209,16 @@ def _check_outputs(outputs: Any, rank_map: RankMap) -> None:
         )
 
 
-def _calibration(target: Target, data: Data | None) -> tuple[Tensor, ...]:
-    """Batches that an export which is not exact is calibrated on."""
+def _ranges(network: nn.Module, rank_map: RankMap, data: Data) -> dict[str, Range] | None:
+    """Where activations lie in the simulation that a map with widths was scored in."""
+    return None if rank_map.widths is None else deployed_ranges(network, rank_map.widths, data)
+
+
+def _calibration(target: Target, data: Data | None, *, whole: bool) -> tuple[Tensor, ...]:
+    """Batches that an export which is not exact is calibrated on; of whole numbers those that have given the ranges."""
     if target.exact or data is None:
         return ()
-    images = data.calibration[:CALIBRATION_IMAGES]
+    images = data.calibration[: RANGE_IMAGES if whole else CALIBRATION_IMAGES]
     return tuple(to_input(images[start : start + 64], data) for start in range(0, len(images), 64))
 
 
@@ -228,7 +241,7 @@ def _compared(target: Target, job: Job, path: Path, data: Data | None, source: s
     total = _NOISE_IMAGES if data is None else min(IMAGES, len(data.search) + len(data.report))
     done = same = right = right_before = 0
     difference = largest = 0.0
-    with threads(count):
+    with threads(count), rounding_activations(job.network, job.ranges or {}):
         run = _runner(target, job, path)
         for images, labels in _batches(data, job.rank_map, total, batch_images):
             notify("comparing on images", done, total)
@@ -256,9 +269,10 @@ def _compared(target: Target, job: Job, path: Path, data: Data | None, source: s
     )
     if target.exact:
         _check_same(found, path)
-    elif found.top1_agreement < LEAST_AGREEMENT or not isfinite(difference):
+    least = LEAST_AGREEMENT if job.ranges is None else LEAST_AGREEMENT_WHOLE
+    if not target.exact and (found.top1_agreement < least or not isfinite(difference)):
         raise ExportError(
-            f"{path.name} must name the class of the network it was made from for {LEAST_AGREEMENT:.0%} of the images, "
+            f"{path.name} must name the class of the network it was made from for {least:.0%} of the images, "
             f"it does for {found.top1_agreement:.1%}. No file was left; fine-tune the network, or use `--to onnx`."
         )
     return found
@@ -361,6 +375,7 @@ def _manifest(
         "dense_params": rank_map.dense_params,
         "batch_norms_folded": job.folded.norms if target.folded else 0,
         "pointwise_merged": job.folded.merged if target.folded else 0,
+        "whole_numbers": job.ranges is not None,
         "comparison": asdict(agreement),
         "metrics": dict(rank_map.metrics),
         "versions": dict(sorted(known.items())),

@@ -1,7 +1,8 @@
-"""ONNX in int8, by ONNX Runtime's own quantiser: weights per output channel, activations per tensor.
+"""ONNX in int8: the whole numbers of a rank map with widths, else those of ONNX Runtime's own quantiser.
 
-Before it the factors are equalised on the calibration images, which then give the activations' ranges by percentile. In
-ONNX Runtime the convolutions really run in int8; how fast, the manifest says.
+Both have weights per output channel and activations per tensor. Before ONNX Runtime's quantiser the factors are
+equalised on the calibration images, which then give the activations' ranges by percentile. In ONNX Runtime the
+convolutions really run in int8; how fast, the manifest says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ranksearch.deployment.portable import INPUT, read_onnx, write_onnx
 from ranksearch.deployment.target import Job, Target, graph_of
+from ranksearch.deployment.whole import write_whole
 from ranksearch.errors import ExportError
 from ranksearch.quantise import equalised
 
@@ -25,6 +27,9 @@ from ranksearch.quantise import equalised
 def _write(job: Job, path: Path) -> None:
     if not job.calibration:
         raise ExportError("an int8 export is calibrated on images, found none. Give --images other than noise.")
+    if job.ranges is not None and job.rank_map.widths is not None:
+        write_whole(job, job.rank_map.widths, path)
+        return
     model, _ = equalised(job.folded.model, job.rank_map.model.input_shape, job.calibration)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "float32.onnx"

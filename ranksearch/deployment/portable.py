@@ -17,7 +17,7 @@ from ranksearch.rankmap import RankMap
 
 INPUT, OUTPUT = "images", "outputs"
 """Names in an ONNX model."""
-_LARGEST = 1_900_000_000
+LARGEST = 1_900_000_000
 """Bytes of weights that one ONNX file can hold; it has a limit of 2 GiB. More go into a file beside it."""
 
 
@@ -42,8 +42,10 @@ def _write_onnx(job: Job, path: Path) -> None:
     write_onnx(job.program, job.folded.model, job.rank_map, path)
 
 
-def write_onnx(program: ExportedProgram, model: nn.Module, rank_map: RankMap, path: Path) -> None:
-    """Write the graph of a network as an ONNX model.
+def write_onnx(
+    program: ExportedProgram, model: nn.Module, rank_map: RankMap, path: Path, *, opset: int | None = None
+) -> None:
+    """Write the graph of a network as an ONNX model, of torch's opset where none is asked for.
 
     Raises:
         ExportError: packages are missing, or an operator has no place in ONNX.
@@ -51,7 +53,14 @@ def write_onnx(program: ExportedProgram, model: nn.Module, rank_map: RankMap, pa
     _required("onnx", "onnxscript", "onnxruntime")
     with quiet_exporter():
         try:
-            made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                opset_version=opset,
+            )
         except Exception as error:  # whatever the exporter meets in a graph
             raise ExportError(
                 f"every operator of {rank_map.model.name} must have a place in ONNX: {first_line(error)}. "
@@ -59,8 +68,18 @@ def write_onnx(program: ExportedProgram, model: nn.Module, rank_map: RankMap, pa
             ) from error
         if made is None:
             raise ExportError("torch.onnx gave no model. Use `--to pt2` or `--to python`.")
+        _forget_origins(made)
         size = sum(value.nbytes for value in model.state_dict().values())
-        made.save(str(path), external_data=size > _LARGEST)
+        made.save(str(path), external_data=size > LARGEST)
+
+
+def _forget_origins(made: Any) -> None:
+    """Drop what the exporter notes beside nodes and values: lines of source and their paths, more than weights take."""
+    graph = made.model.graph
+    graph.metadata_props.clear()
+    outputs = [value for node in graph for value in node.outputs]
+    for noted in (*graph, *outputs, *graph.inputs, *graph.initializers.values()):
+        noted.metadata_props.clear()
 
 
 def read_onnx(job: Job, path: Path) -> Runner:
@@ -69,6 +88,8 @@ def read_onnx(job: Job, path: Path) -> Runner:
 
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # On x86 without VNNI, sums of products of int8 would overflow their 16 bits.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from ranksearch.errors import ExportError
 from ranksearch.folding import Folded, folded
 from ranksearch.rankmap import RankMap
+from ranksearch.rounding import Range
 
 Runner = Callable[[Tensor], Tensor]
 """Outputs ``(N, classes)`` of images ``(N, C, H, W)``, both float32 on the CPU."""
@@ -30,11 +31,13 @@ class Job:
     """A network of the dense architecture, whatever its weights."""
     calibration: tuple[Tensor, ...] = ()
     """Batches of calibration images, for formats that are not exact."""
+    ranges: Mapping[str, Range] | None = None
+    """Of what goes into each module, where the file is to hold the whole numbers of a rank map with widths."""
 
     @cached_property
     def folded(self) -> Folded:
-        """The network with less work, its weights contiguous, as files hold them."""
-        found = folded(self.network, self.rank_map.model.input_shape)
+        """The network with less work, its weights contiguous, as files hold them; whole multiples stay such."""
+        found = folded(self.network, self.rank_map.model.input_shape, merge=self.ranges is None)
         for parameter in found.model.parameters():
             parameter.data = parameter.data.contiguous()
         return found

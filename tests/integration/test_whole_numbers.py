@@ -1,0 +1,345 @@
+"""ONNX of a rank map with widths: the very whole numbers of the search, computed with in int8 by ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ranksearch.deployment import TARGETS, deploy
+from ranksearch.deployment.target import Job
+from ranksearch.errors import ExportError
+from ranksearch.handover import export_trial
+from ranksearch.launch import search
+from ranksearch.rankmap import RankMap, WidthsRecord
+from ranksearch.rounding import ranges, rounding_activations, whole_numbers, widths_of
+from ranksearch.stages import TiedConv
+from ranksearch.storage import Store
+from ranksearch.surgery import apply_rank_map
+from tests.integration.test_quantised_search import FEW
+from tests.integration.test_search import QUICKSTART
+from tests.maps import rank_map_for
+from tests.networks import SharedNet, SmallNet, small_images, small_net
+
+RANKS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "body.plain": ("tensor-chain", (2, 2, 2)),
+    "body.strided": ("tucker2", (5, 6)),
+    "body.grouped": ("spatial-svd", (3,)),
+    "body.point": ("svd", (9,)),
+    "tokens": ("svd", (3,)),
+}
+FOUR = ("body.strided", "tokens")
+WIDTHS = WidthsRecord(other_bits=8, activation_bits=8, clip="mse")
+
+
+def optimised(file: Path) -> onnx.ModelProto:
+    """What ONNX Runtime makes of a file as it loads it."""
+    options: Any = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(file.with_suffix(".optimised"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return onnx.load(file.with_suffix(".optimised"))
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def run(file: Path, images: Tensor, *, as_written: bool = False) -> Tensor:
+    """Outputs in ONNX Runtime; ``as_written`` node by node, in float32."""
+    onnx.checker.check_model(str(file), full_check=True)
+    options: Any = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def weights_in(file: Path) -> dict[str, tuple[int, np.ndarray, np.ndarray]]:
+    """Layer to the ONNX type of its weights, the whole numbers and their steps."""
+    held = {one.name: one for one in onnx.load(file).graph.initializer}
+    ends = ".weight_quantized"
+    return {
+        name.removesuffix(ends): (
+            one.data_type,
+            numpy_helper.to_array(one).astype(np.int64),
+            numpy_helper.to_array(held[name.replace("quantized", "scale")]),
+        )
+        for name, one in held.items()
+        if name.endswith(ends)
+    }
+
+
+def job_of(network: nn.Module, rank_map: RankMap, images: Tensor) -> Job:
+    names = widths_of(network, {}, 8)
+    clip = (rank_map.widths or WIDTHS).clip
+    known = ranges(network, names, images, clip) if (rank_map.widths or WIDTHS).activation_bits == 8 else {}
+    return Job(rank_map=rank_map, network=network, structure=network, calibration=(images,), ranges=known)
+
+
+def few(name: str, dense: nn.Module, shape: tuple[int, int, int], ranks: Any, widths: WidthsRecord = WIDTHS) -> RankMap:
+    """A map of eight bits, some layers of four."""
+    made = rank_map_for(name, dense, shape, ranks)
+    layers = {n: layer.model_copy(update={"bits": 4 if n in FOUR else 8}) for n, layer in made.layers.items()}
+    return made.model_copy(update={"layers": layers, "widths": widths})
+
+
+def small(widths: WidthsRecord = WIDTHS) -> tuple[nn.Module, RankMap]:
+    dense = small_net()
+    rank_map = few("tests.networks:SmallNet", dense, SmallNet.shape, RANKS, widths)
+    return apply_rank_map(rank_map, dense).eval(), rank_map
+
+
+@torch.no_grad()
+def simulated(network: nn.Module, job: Job, images: Tensor) -> Tensor:
+    with rounding_activations(network, job.ranges or {}):
+        return network(images)  # type: ignore[no-any-return]
+
+
+def close(found: Tensor, wanted: Tensor, plain: Tensor) -> bool:
+    """Whether ``found`` is nearer to the simulation than the network that rounds no activations is; none by chance."""
+    return float((found - wanted).square().mean()) < float((plain - wanted).square().mean())
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankMap]:
+    """The rank map of a search, with its weights beside it, that has layers of four bits."""
+    folder = tmp_path_factory.mktemp("few")
+    settings = [*(one for one in FEW if not one.startswith("budget.trials")), "budget.trials=2"]
+    study = search(QUICKSTART, settings=settings, storage=folder, name="few")
+    trial = study.front_trials()[0]
+    made = export_trial(study, trial, Store(folder), folder / "m.json", weights=folder / "w.safetensors")
+    return folder / "m.json", made
+
+
+def test_a_search_ends_in_its_own_whole_numbers(exported: tuple[Path, RankMap], tmp_path: Path) -> None:
+    file, rank_map = exported
+    target = tmp_path / "few.onnx"
+    found = deploy(file, target, to="onnx-int8", storage=file.parent)
+    state = load_file(file.parent / "w.safetensors")
+    held = weights_in(target)
+    assert set(held) == {name.removesuffix(".weight") for name, x in state.items() if x.ndim > 1}
+    for name, (kind, whole, step) in held.items():
+        owner = rank_map.layers.get(name.rpartition(".")[0])
+        bits = 8 if owner is None else owner.bits
+        assert kind == (onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8)
+        assert np.abs(whole).max() <= 2 ** (bits - 1) - 1
+        kernel = state[f"{name}.weight"].numpy().astype(np.float64).reshape(len(step), -1)
+        rows = whole.reshape(len(step), -1)
+        # A batch norm that was folded in is one factor a channel, of either sign.
+        factor = (kernel * rows).sum(1) / np.maximum((rows * rows).sum(1), 1)
+        np.testing.assert_allclose(factor[:, None] * rows, kernel, rtol=3e-7, atol=1e-12)
+    manifest = json.loads(found.manifest.read_text())
+    assert manifest["whole_numbers"] is True
+    assert manifest["pointwise_merged"] == 0
+    assert found.agreement.top1_agreement >= 0.98
+    assert found.agreement.accuracy == pytest.approx(found.agreement.accuracy_before, abs=0.01)
+    kinds = operators(optimised(target))
+    assert kinds["Conv"] == kinds["ConvInteger"] == kinds["Gemm"] == kinds["MatMul"] == 0
+    assert kinds["QLinearConv"] + kinds["QGemm"] == len(held)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+    network, rank_map = small()
+    job = job_of(network, rank_map, small_images(64))
+    file = tmp_path_factory.mktemp("written") / "x.onnx"
+    TARGETS["onnx-int8"].write(job, file)
+    return file, job
+
+
+def test_ranges_are_those_of_the_simulation(written: tuple[Path, Job]) -> None:
+    file, job = written
+    held = {one.name: numpy_helper.to_array(one) for one in onnx.load(file).graph.initializer}
+    for name, known in (job.ranges or {}).items():
+        if f"{name}.input_scale" in held:  # else another layer takes the same tensor
+            assert held[f"{name}.input_scale"] == np.float32(known.scale)
+            assert held[f"{name}.input_zero_point"] == known.zero_point
+    assert sum(name.endswith(".input_scale") for name in held) >= len(job.ranges or {}) - 1
+    images = small_images(200, seed=7)
+    with torch.no_grad():
+        plain = job.network(images)
+    assert close(run(file, images), simulated(job.network, job, images), plain)
+    assert b"ranksearch/" not in file.read_bytes(), "lines of source beside the nodes"
+
+
+def test_four_bits_take_half_a_byte(written: tuple[Path, Job]) -> None:
+    file, job = written
+    packed = [one for one in onnx.load(file).graph.initializer if one.data_type == onnx.TensorProto.INT4]
+    halves = {
+        f"{name}.weight_quantized": -(-module.weight.numel() // 2)
+        for name, module in job.network.named_modules()
+        if name.rpartition(".")[0] in FOUR and isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    count = {one.name: len(one.raw_data) for one in packed if one.name.endswith("weight_quantized")}
+    assert count == halves
+    assert len(count) == 5
+
+
+def test_all_convolutions_run_in_int8(written: tuple[Path, Job]) -> None:
+    """Strided, dilated, grouped, depthwise, tied, behind a skip: all but linear layers on tokens."""
+    file, job = written
+    assert (job.folded.norms, job.folded.merged) == (1, 0), "a product of two kernels is not rounded"
+    kinds = operators(optimised(file))
+    assert kinds["Conv"] == 0
+    assert kinds["QLinearConv"] == sum(isinstance(module, nn.Conv2d | TiedConv) for module in job.network.modules())
+
+
+def test_a_bias_beyond_32_bits_is_added_apart(tmp_path: Path) -> None:
+    """A batch norm all but switches a channel off, and leaves its bias."""
+    network, rank_map = small()
+    with torch.no_grad():
+        network.get_parameter("norm.weight")[0] = 1e-12
+        network.get_parameter("norm.bias")[0] = 0.7
+    images = small_images(64)
+    job = job_of(network, rank_map, images)
+    TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
+    with torch.no_grad():
+        plain = network(images)
+    assert close(run(tmp_path / "x.onnx", images), simulated(network, job, images), plain)
+    assert any(one.name.endswith("bias_apart") for one in onnx.load(tmp_path / "x.onnx").graph.initializer)
+
+
+@pytest.mark.parametrize(
+    "widths",
+    [
+        WidthsRecord(other_bits=8, activation_bits=32, clip="mse"),
+        WidthsRecord(other_bits=32, activation_bits=8, clip="percentile"),
+    ],
+    ids=["activations in float32", "other weights in float32"],
+)
+def test_what_stays_in_float32_is_left_so(widths: WidthsRecord, tmp_path: Path) -> None:
+    network, rank_map = small(widths)
+    images = small_images(64)
+    job = job_of(network, rank_map, images)
+    TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
+    held, kinds = weights_in(tmp_path / "x.onnx"), operators(onnx.load(tmp_path / "x.onnx"))
+    assert ("stem" in held) == (widths.other_bits == 8)
+    assert (kinds["QuantizeLinear"] == 0) == (widths.activation_bits == 32)
+    found, wanted = run(tmp_path / "x.onnx", images, as_written=True), simulated(network, job, images)
+    if widths.activation_bits == 32:
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    else:
+        with torch.no_grad():
+            assert close(found, wanted, network(images))
+
+
+def test_a_layer_that_runs_more_than_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(SharedNet()).eval()
+    rank_map = few("shared", dense, SharedNet.shape, {"0.first": ("tucker2", (3, 3))})
+    network = apply_rank_map(rank_map, dense).eval()
+    images = torch.randn(64, *SharedNet.shape, generator=torch.Generator().manual_seed(0))
+    job = job_of(network, rank_map, images)
+    TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
+    with torch.no_grad():
+        assert close(run(tmp_path / "x.onnx", images), simulated(network, job, images), network(images))
+    assert operators(optimised(tmp_path / "x.onnx"))["QLinearConv"] == 3 + 3 + 1
+
+
+class Turned(nn.Module):
+    """A transposed convolution."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 3)
+        self.up = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.up(torch.relu(self.first(x))).mean((2, 3))
+        return found
+
+
+def test_transposed_convolutions_have_their_channels_along_another_axis(tmp_path: Path) -> None:
+    for groups in (1, 2):
+        torch.manual_seed(0)
+        dense = Turned(groups).eval()
+        rank_map = few("turned", dense, (4, 6, 6), {"first": ("tucker2", (3, 3))})
+        network = apply_rank_map(rank_map, dense).eval()
+        images = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+        job = job_of(network, rank_map, images)
+        if groups == 2:
+            with pytest.raises(ExportError, match=r"transposed convolution up has 2 groups. Use `--to onnx`"):
+                TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
+            continue
+        TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
+        with torch.no_grad():
+            assert close(run(tmp_path / "x.onnx", images), simulated(network, job, images), network(images))
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    network, rank_map = small()
+    with torch.no_grad():
+        network.get_parameter("body.depthwise.weight")[3] += torch.linspace(0, 0.1, 9).reshape(1, 3, 3)
+    with pytest.raises(
+        ExportError, match=r"weights of 8 bits must be whole multiples .* those of body.depthwise are not"
+    ):
+        TARGETS["onnx-int8"].write(job_of(network, rank_map, small_images(64)), tmp_path / "x.onnx")
+
+
+def test_noise_gives_no_ranges(exported: tuple[Path, RankMap], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="calibrated on images"):
+        deploy(exported[0], tmp_path / "x.onnx", to="onnx-int8", images="noise", storage=exported[0].parent)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_map_without_widths_goes_to_the_runtimes_own_quantiser(
+    exported: tuple[Path, RankMap], tmp_path: Path
+) -> None:
+    file, rank_map = exported
+    plain = file.parent / "plain.json"
+    rank_map.model_copy(update={"widths": None}).save(plain)
+    found = deploy(plain, tmp_path / "x.onnx", to="onnx-int8", storage=file.parent)
+    assert json.loads(found.manifest.read_text())["whole_numbers"] is False
+    kinds = {one.data_type for one in onnx.load(tmp_path / "x.onnx").graph.initializer}
+    assert onnx.TensorProto.INT4 not in kinds
+    assert onnx.TensorProto.INT8 in kinds
+
+
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+        return found
+
+
+def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:
+    dense = Tied().eval()
+    rank_map = few("tied", dense, (4, 6, 6), {"head": ("svd", (2,))})
+    network = apply_rank_map(rank_map, dense).eval()
+    with pytest.raises(ExportError, match=r"weights .* must stand in the graph .* first has none there"):
+        TARGETS["onnx-int8"].write(job_of(network, rank_map, torch.randn(64, 4, 6, 6)), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_numbers_are_found_again(bits: int) -> None:
+    generator, most = torch.Generator().manual_seed(0), 2 ** (bits - 1) - 1
+    whole = torch.randint(-most, most + 1, (40, 5, 3), generator=generator).to(torch.int8)
+    whole[0], whole[1] = 0, 3 * (whole[1] // 3)  # a dead channel, and one that a coarser step explains
+    whole[2:, 0, 0] = 1
+    step = torch.rand(40, generator=generator) * torch.logspace(-6, 3, 40)
+    kernel = whole * step[:, None, None]
+    found = whole_numbers(kernel, bits)
+    assert found is not None
+    assert found[0].dtype == torch.int8
+    assert torch.equal(found[0][2:], whole[2:])
+    torch.testing.assert_close(found[0] * found[1][:, None, None], kernel, rtol=2e-7, atol=0)
+    kernel[5, 0, 0] += 0.3 * step[5]
+    assert whole_numbers(kernel, bits) is None
