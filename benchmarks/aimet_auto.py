@@ -38,10 +38,10 @@ from torch import nn
 from ranksearch.config import load_space
 from ranksearch.data import to_input
 from ranksearch.decompositions import FORMATS, compressed_stages
-from ranksearch.evaluation import score
 from ranksearch.location import located
 from ranksearch.preparation import Network, read_network, silent, statistics_of, versions
 from ranksearch.rankmap import LayerRanks, RankMap
+from ranksearch.scoring import score
 from ranksearch.surgery import apply_rank_map, count_macs, skeleton
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"

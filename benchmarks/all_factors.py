@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ranksearch import load_space
-from ranksearch.evaluation import Evaluator, reproducible, score
+from ranksearch.evaluation import Evaluator
 from ranksearch.location import located
 from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
+from ranksearch.scoring import reproducible, score
 from ranksearch.storage import Store
 from ranksearch.strategies.knapsack import Knapsack
 

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from ranksearch.config import load_space
-from ranksearch.evaluation import Evaluator, as_deployed, reproducible, score
+from ranksearch.evaluation import Evaluator
 from ranksearch.location import located
 from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.rounding import round_weights, weight_bytes, widths_of
+from ranksearch.scoring import as_deployed, reproducible, score
 from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.table import PriceTable
 

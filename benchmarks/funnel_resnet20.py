@@ -23,11 +23,11 @@ from ranksearch.calibration import collect
 from ranksearch.config import load_space
 from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import FORMATS, Prepared, prepare
-from ranksearch.evaluation import score
 from ranksearch.funnel import Funnel, FunnelSpec
 from ranksearch.funnel.penalty import Penalty
 from ranksearch.models import build_model
 from ranksearch.refit import recalibrate
+from ranksearch.scoring import score
 from ranksearch.space import FineTuneSpec
 from ranksearch.surgery import channels_last, find_layers, kernel_of, replaced
 from ranksearch.training import computes_bfloat16

@@ -23,10 +23,11 @@ import torch
 from benchmarks.few_bits import FORMATS, dearest, evaluator
 from ranksearch.data import to_input
 from ranksearch.deployment import deploy
-from ranksearch.evaluation import Evaluator, as_deployed, layers_of, reproducible, score
+from ranksearch.evaluation import Evaluator, layers_of
 from ranksearch.export import save_compressed
 from ranksearch.preparation import versions
 from ranksearch.rankmap import ModelRecord, RankMap, WidthsRecord
+from ranksearch.scoring import as_deployed, reproducible, score
 from ranksearch.surgery import count_macs, count_params
 
 RUNS = {1: 300, 64: 40}

@@ -9,11 +9,10 @@ are scored only for trials that may be on the front, unless the space asks for a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,92 +23,30 @@ from ranksearch.calibration import Sample
 from ranksearch.conv import Conv
 from ranksearch.data import Data, Split, to_input
 from ranksearch.decompositions import FORMATS, Kind, Report
-from ranksearch.factors import factors_at, store, threads
+from ranksearch.factors import factors_at, store
 from ranksearch.funnel import Funnel, FunnelSpec
 from ranksearch.models import build_model
 from ranksearch.pricing import kinds
 from ranksearch.rankmap import LayerRanks
 from ranksearch.refit import batch_norms, recalibrate, regauge, sensitivity_of, sequential_regression
 from ranksearch.rounding import (
-    Clip,
-    Range,
-    ranges,
     round_for_good,
     round_weights,
     round_while_training,
-    rounding_activations,
     weight_bytes,
     widths_of,
 )
+from ranksearch.scoring import Score, as_deployed, reproducible, score
 from ranksearch.space import FineTuneSpec, Space, StabiliseSpec
 from ranksearch.surgery import build_layer, channels_last, count_macs, count_params, kernel_of, replaced
 from ranksearch.table import FLOAT_BITS, Candidate, PriceTable
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Outcome, Task, constraints, minimised, objective_values
 
-RANGE_IMAGES = 128
-"""Calibration images that ranges of activations are found on."""
 _RECORDS = 50
 """Entries in a funnel run's history, at most one or two more."""
 _CHECKPOINTS = 20
 """Checkpoints of a funnel run: an interruption loses no more than that share of its steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """How well a network does on one split."""
-
-    accuracy: float
-    """Top-1, 0 to 1."""
-    loss: float
-    """Cross-entropy, nats per image."""
-    images: int
-
-
-@torch.no_grad()
-def score(model: nn.Module, split: Split, data: Data, *, batch_images: int, device: torch.device) -> Score:
-    """Accuracy and loss of ``model`` on a split, in float32."""
-    correct, loss = 0, 0.0
-    for start in range(0, len(split.labels), batch_images):
-        labels = torch.as_tensor(split.labels[start : start + batch_images]).to(device)
-        outputs = model(to_input(split.images[start : start + batch_images], data, device)).float()
-        correct += int((outputs.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
-    return Score(accuracy=correct / len(split.labels), loss=loss / len(split.labels), images=len(split.labels))
-
-
-class Widths(Protocol):
-    """What of a search's or a rank map's widths activations need."""
-
-    @property
-    def activation_bits(self) -> int: ...  # noqa: D102
-    @property
-    def clip(self) -> Clip: ...  # noqa: D102
-
-
-@contextmanager
-def as_deployed(model: nn.Module, widths: Widths | None, data: Data) -> Iterator[None]:
-    """Meanwhile activations are rounded as ``widths`` say, in the ranges of the weights that ``model`` begins with."""
-    with rounding_activations(model, deployed_ranges(model, widths, data)):
-        yield
-
-
-def deployed_ranges(model: nn.Module, widths: Widths | None, data: Data) -> dict[str, Range]:
-    """Ranges, on the first calibration images, of what goes into every layer; None, and 32 bits, round nothing."""
-    if widths is None or widths.activation_bits == FLOAT_BITS:
-        return {}
-    images = to_input(data.calibration[:RANGE_IMAGES], data, next(model.parameters()).device)
-    return ranges(model, widths_of(model, {}, FLOAT_BITS), images, widths.clip)
-
-
-@contextmanager
-def reproducible(count: int) -> Iterator[None]:
-    """``count`` CPU threads, and on GPUs kernels that give the same bits every time, in float32 proper.
-
-    Everything is put back as it was.
-    """
-    with threads(count), torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
-        yield
 
 
 def device_of(space: Space) -> torch.device:

@@ -21,7 +21,6 @@ from torch import nn
 
 from ranksearch.data import Data
 from ranksearch.errors import ModelError, RankMapError
-from ranksearch.evaluation import as_deployed, deployed_ranges, reproducible, score
 from ranksearch.export import save_compressed
 from ranksearch.factors import store
 from ranksearch.joint import Crew, run_together
@@ -30,6 +29,7 @@ from ranksearch.rankmap import RankMap, WidthsRecord
 from ranksearch.recorded import RECORDED, Pair, read_pair, scoring_of
 from ranksearch.retraining import Epoch, Retraining, Schedule, Start
 from ranksearch.rounding import round_for_good, widths_of
+from ranksearch.scoring import as_deployed, deployed_ranges, reproducible, score
 from ranksearch.space import FineTuneSpec, ResourcesSpec, TrackingSpec
 from ranksearch.storage import Store
 from ranksearch.surgery import channels_last

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ranksearch.calibration import collect
 from ranksearch.data import Data, to_input
 from ranksearch.errors import RankMapError, RebuildError
-from ranksearch.evaluation import Score, as_deployed, reproducible, score
 from ranksearch.export import rank_map_of, read_compressed, save_compressed
 from ranksearch.folding import folded
 from ranksearch.latency import latency_ms
@@ -36,6 +35,7 @@ from ranksearch.recorded import (
     scoring_of,
     trained_here,
 )
+from ranksearch.scoring import Score, as_deployed, reproducible, score
 from ranksearch.storage import Store
 from ranksearch.study import Study
 from ranksearch.surgery import apply_rank_map, channels_last, check_fits, count_macs, count_params

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ranksearch.evaluation import reproducible
 from ranksearch.retraining import Epoch, Retraining, Start
+from ranksearch.scoring import reproducible
 from ranksearch.team import Team
 
 _PROGRESS_SECONDS = 0.5

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from ranksearch.calibration import as_image
 from ranksearch.decompositions import FORMATS, Prepared, compressed_stages
 from ranksearch.downstream import Downstream, Pass, opened
-from ranksearch.evaluation import reproducible
 from ranksearch.factors import factors_at
 from ranksearch.rounding import rounded
+from ranksearch.scoring import reproducible
 from ranksearch.space import StabiliseSpec
 from ranksearch.stages import composed
 from ranksearch.surgery import build_layer, channels_last, kernel_of

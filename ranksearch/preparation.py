@@ -23,7 +23,7 @@ from ranksearch.conv import Conv
 from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
-from ranksearch.evaluation import Bench, Score, device_of, score
+from ranksearch.evaluation import Bench, device_of
 from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.latency import LatencyTable, latencies, rank_multiple, with_latencies
 from ranksearch.measurement import ONWARD, PRICES
@@ -32,6 +32,7 @@ from ranksearch.models import build_model, digits_weights, load_weights
 from ranksearch.prices import Map, Measured, measure, with_prices
 from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord, RankMap
+from ranksearch.scoring import Score, score
 from ranksearch.setting import Setting
 from ranksearch.space import LatencySpec, Space
 from ranksearch.spectra import with_spectra

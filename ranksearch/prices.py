@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from ranksearch.decompositions import Kind
 from ranksearch.decompositions.format import STABILISED
 from ranksearch.errors import DataError
-from ranksearch.evaluation import reproducible
 from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.measurement import PRICES, WITH_LABELS, Measurement, Price, share
 from ranksearch.mirror import fetch, offer
 from ranksearch.pricing import Factors
+from ranksearch.scoring import reproducible
 from ranksearch.space import StabiliseSpec
 from ranksearch.surgery import evaluating
 from ranksearch.table import LayerPrices, PriceTable

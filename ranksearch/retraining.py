@@ -22,10 +22,10 @@ from ranksearch.checkpoint import read_checkpoint, write_checkpoint
 from ranksearch.data import Data, Split, to_input
 from ranksearch.decompositions import FORMATS
 from ranksearch.errors import ModelError
-from ranksearch.evaluation import score
 from ranksearch.factors import content_hash
 from ranksearch.refit import Chain, regauge
 from ranksearch.rounding import Range, round_while_training, rounding_activations
+from ranksearch.scoring import score
 from ranksearch.space import FineTuneSpec
 from ranksearch.surgery import channels_last
 from ranksearch.team import ALONE, Team

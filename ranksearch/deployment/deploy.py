@@ -27,7 +27,6 @@ from ranksearch.deployment.portable import ONNX, PT2, SAFETENSORS
 from ranksearch.deployment.source import PYTHON
 from ranksearch.deployment.target import Job, Runner, Target, first_line
 from ranksearch.errors import ExportError, RanksearchError
-from ranksearch.evaluation import RANGE_IMAGES, deployed_ranges
 from ranksearch.export import file_hash, load_compressed, read_compressed
 from ranksearch.factors import threads
 from ranksearch.handover import compress
@@ -37,6 +36,7 @@ from ranksearch.preparation import Notify, silent, versions
 from ranksearch.rankmap import RankMap
 from ranksearch.recorded import RECORDED, check_factories, load_recorded, scoring_of
 from ranksearch.rounding import Range, rounding_activations
+from ranksearch.scoring import RANGE_IMAGES, deployed_ranges
 from ranksearch.space import ModelSpec
 from ranksearch.storage import Store
 from ranksearch.surgery import count_macs, count_params, run_one

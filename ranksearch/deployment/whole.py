@@ -2,7 +2,7 @@
 
 Pairs of QuantizeLinear and DequantizeLinear go into the graph in float32, as ONNX Runtime's own quantiser sets them.
 Weights are int8, or int4 two in a byte, of which a Cast makes int8 as the file is loaded. What goes into a layer is
-rounded in the ranges of :func:`ranksearch.evaluation.deployed_ranges`. Two things are added to what a search simulates.
+rounded in the ranges of :func:`ranksearch.scoring.deployed_ranges`. Two things are added to what a search simulates.
 Biases are int32, in steps of the products'. And ONNX Runtime convolves in int8 only what ends in eight bits: where an
 output goes on in float32, as into the sum of a skip, it is rounded too, in a range found likewise.
 """

@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from ranksearch.data import Data, to_input
-from ranksearch.evaluation import reproducible
 from ranksearch.handover import Comparison, compare_pair
 from ranksearch.preparation import Notify, silent
 from ranksearch.rankmap import RankMap
 from ranksearch.recorded import RECORDED, read_pair, scoring_of
 from ranksearch.report.layers import LayerReport, measure_layers
+from ranksearch.scoring import reproducible
 from ranksearch.storage import Store
 from ranksearch.table import FLOAT_BITS
 

@@ -20,10 +20,11 @@ from ranksearch.config import parse_space
 from ranksearch.data import Data, to_input
 from ranksearch.data.splits import without_duplicates
 from ranksearch.errors import StudyError
-from ranksearch.evaluation import Bench, Evaluator, score
+from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
 from ranksearch.models import build_model
 from ranksearch.preparation import Network, factorise, make_bench, read_network, settle, silent, statistics_of
+from ranksearch.scoring import score
 from ranksearch.space import AugmentSpec, BudgetSpec, FineTuneSpec
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Task
