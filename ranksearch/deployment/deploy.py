@@ -35,7 +35,7 @@ from ranksearch.models import build_model
 from ranksearch.preparation import Notify, silent, versions
 from ranksearch.rankmap import RankMap
 from ranksearch.recorded import RECORDED, check_factories, load_recorded, scoring_of
-from ranksearch.rounding import Range, rounding_activations
+from ranksearch.rounding import rounding_activations
 from ranksearch.scoring import RANGE_IMAGES, deployed_ranges
 from ranksearch.space import ModelSpec
 from ranksearch.storage import Store
@@ -151,15 +151,7 @@ def deploy(
         network = load_compressed(rank_map, structure, cast(Path, stored))
     _check_outputs(run_one(network, rank_map.model.input_shape), rank_map)
     loaded = None if source == NOISE else load_recorded(rank_map, source, Store(storage).cache, notify)
-    with threads(scoring_of(rank_map)[0]):
-        ranges = None if target.exact or loaded is None else _ranges(network, rank_map, loaded)
-    job = Job(
-        rank_map=rank_map.model_copy(update={"weights": None}),
-        network=network,
-        structure=structure,
-        calibration=_calibration(target, loaded, whole=ranges is not None),
-        ranges=ranges,
-    )
+    job = _job(target, rank_map, network, structure, loaded)
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=".export-") as folder:
         aside = Path(folder) / output.name
         notify(f"writing {to}", 0, 1)
@@ -209,9 +201,19 @@ def _check_outputs(outputs: Any, rank_map: RankMap) -> None:
         )
 
 
-def _ranges(network: nn.Module, rank_map: RankMap, data: Data) -> dict[str, Range] | None:
-    """Where activations lie in the simulation that a map with widths was scored in."""
-    return None if rank_map.widths is None else deployed_ranges(network, rank_map.widths, data)
+def _job(target: Target, rank_map: RankMap, network: nn.Module, structure: nn.Module, data: Data | None) -> Job:
+    """What is to be written; of a map with widths with the ranges of the simulation that it was scored in."""
+    ranges = None
+    if not target.exact and data is not None and rank_map.widths is not None:
+        with threads(scoring_of(rank_map)[0]):
+            ranges = deployed_ranges(network, rank_map.widths, data)
+    return Job(
+        rank_map=rank_map.model_copy(update={"weights": None}),
+        network=network,
+        structure=structure,
+        calibration=_calibration(target, data, whole=ranges is not None),
+        ranges=ranges,
+    )
 
 
 def _calibration(target: Target, data: Data | None, *, whole: bool) -> tuple[Tensor, ...]:
