@@ -39,6 +39,8 @@ Ranks = tuple[int, int, int]
 
 _TRIAL_SWEEPS = 8
 """Sweeps that every start gets before the better half goes on."""
+_FLOOR = 1e-9
+"""Of the two forms that the gauge of a bond balances, as a share of their traces."""
 _PATIENCE = 3
 """Small gains in a row that end a fit: after an undone step a single one is small by chance."""
 _EXACT = 1e-13
@@ -281,11 +283,12 @@ def _best_basis(after: Tensor, before: Tensor) -> tuple[Tensor, Tensor] | None:
     if not bool((sizes > 0).all()) or not bool(torch.isfinite(sizes).all()):
         return None
     eye = torch.eye(after.shape[0], dtype=after.dtype, device=after.device)
-    lower, failed = torch.linalg.cholesky_ex(after + 1e-9 * sizes[0] * eye)
+    lower, failed = torch.linalg.cholesky_ex(after + _FLOOR * sizes[0] * eye)
     if int(failed):
         return None
-    values, vectors = torch.linalg.eigh(lower.T @ (before + 1e-9 * sizes[1] * eye) @ lower)
-    root = vectors * values.clamp_min(torch.finfo(values.dtype).tiny).pow(0.25)
+    values, vectors = torch.linalg.eigh(lower.T @ (before + _FLOOR * sizes[1] * eye) @ lower)
+    # None is truly smaller than the product of both floors; by rounding some are, or even negative.
+    root = vectors * values.clamp_min(_FLOOR**2 * sizes.prod()).pow(0.25)
     left, stretch, _ = torch.linalg.svd(torch.linalg.solve_triangular(lower.T, root, upper=True))
     basis, inverse = (left * stretch) @ left.T, (left / stretch) @ left.T
     gained = (basis @ after * basis).sum() + (inverse @ before * inverse).sum() < sizes.sum()
