@@ -81,6 +81,7 @@ def compress(network: Network, accuracy: Accuracy, target: float, scores: Path) 
         saved_eval_scores_dict=str(scores) if scores.exists() else None,
     )
     auto = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
+    compressed: nn.Module
     compressed, _ = ModelCompressor.compress_model(
         model,
         eval_callback=accuracy,
@@ -99,7 +100,9 @@ def rank_map_of(network: Network, compressed: nn.Module, provenance: dict[str, A
     for name in selection.searched:
         found = compressed.get_submodule(name)
         if isinstance(found, nn.Sequential):
-            conv, ranks = selection.layers[name].conv, (found[0].out_channels,)
+            first = found[0]
+            assert isinstance(first, nn.Conv2d)
+            conv, ranks = selection.layers[name].conv, (first.out_channels,)
             stages = compressed_stages(FORMATS[FORM], conv, ranks)
             macs, params = sum(stage.macs for stage in stages), sum(stage.params for stage in stages)
             layers[name] = LayerRanks(format=FORM, ranks=ranks, conv=conv.to_json(), macs=macs, params=params)

@@ -32,6 +32,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from ray.cluster_utils import Cluster
 
 from ranksearch.preparation import versions
@@ -138,7 +139,8 @@ def counted(plan: Plan, uri: str, trials: int) -> dict[str, int]:
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(study.space.tracking.experiment)
     assert experiment is not None
-    runs, token = [], None
+    runs: list[Run] = []
+    token = None
     while token is not None or not runs:
         page = client.search_runs([experiment.experiment_id], max_results=500, page_token=token)
         runs += page

@@ -48,7 +48,8 @@ def kernel() -> Tensor:
         basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
         weight = torch.tensordot(basis / torch.arange(1, size + 1), weight.movedim(mode, 0), 1).movedim(0, mode)
     noise = torch.randn(weight.shape, generator=generator)
-    return (weight / weight.norm() + 0.02 * noise / noise.norm()).reshape(CHANNELS, CHANNELS, 3, 3).contiguous()
+    found: Tensor = weight / weight.norm() + 0.02 * noise / noise.norm()
+    return found.reshape(CHANNELS, CHANNELS, 3, 3).contiguous()
 
 
 def merged(weight: Tensor) -> Tensor:
@@ -159,8 +160,8 @@ def main() -> int:
             theirs[their] = best(their, 1)
         other = theirs[their]
         ratio = ours.seconds / other.seconds
-        cells = (f"{ours.seconds:.2f}", f"{other.seconds:.2f}", f"{ratio:.3f}", f"{ours.error:.4e}")
-        cells += (f"{other.error:.4e}", f"{ours.extra_mb:.0f}", f"{other.extra_mb:.0f}")
+        cells = [f"{ours.seconds:.2f}", f"{other.seconds:.2f}", f"{ratio:.3f}", f"{ours.error:.4e}"]
+        cells += [f"{other.error:.4e}", f"{ours.extra_mb:.0f}", f"{other.extra_mb:.0f}"]
         print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
         failed |= ours.extra_mb > MOST_MEMORY_MB
         if our in ("our_hooi", "our_cp"):

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -106,6 +107,7 @@ def recorded(table: PriceTable, trials: int, folder: Path, tracked: bool) -> tup
         dense=dense,
         left_dense={},
         classes=10,
+        data_digest="",
         dtype="float32",
         versions={},
     )
@@ -129,6 +131,11 @@ def measure(name: str, table: PriceTable, make: Callable[[Path], tuple[Source, C
         writing = time.perf_counter() - ended
         seconds = source.last - source.first + writing
         show(name, source.results, seconds, ended - start)
+
+
+def alone(table: PriceTable, trials: int, batch: int, _: Path) -> tuple[Source, Callable[[], None]]:
+    """Tasks in batches, and nothing to close."""
+    return Batches(table, trials, batch), nothing
 
 
 def show(name: str, trials: int, seconds: float, total: float) -> None:
@@ -155,6 +162,7 @@ class Empty(tune.Trainable):
 def measure_tune(name: str, trials: int, reuse_actors: bool) -> None:
     """Run empty trials on Ray Tune with its own settings, and print the row."""
     start = time.perf_counter()
+    results: tune.ResultGrid | None = None
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +203,7 @@ def main() -> None:
     measure_tune("Ray Tune as it comes, empty trials", max(4, trials // 10), reuse_actors=False)
     measure_tune("Ray Tune with reuse_actors, empty trials", max(4, trials // 4), reuse_actors=True)
     for batch in (4, 64):
-        measure(f"engine alone, batches of {batch}", table, lambda _, b=batch: (Batches(table, trials, b), nothing))
+        measure(f"engine alone, batches of {batch}", table, partial(alone, table, trials, batch))
     measure("with proposals and study", table, lambda folder: recorded(table, trials, folder, tracked=False))
     measure("with proposals, study and MLflow", table, lambda folder: recorded(table, trials, folder, tracked=True))
 

@@ -43,7 +43,8 @@ def evaluator(form: str, bits: int, folder: Path) -> Evaluator:
 def dearest(table: PriceTable) -> tuple[int, ...]:
     """The knapsack's dearest rank map within the target, by the predicted error."""
     within = [choices for choices in Knapsack().maps(table) if table.macs_ratio(choices) <= TARGET]
-    return tuple(max(within, key=table.macs))
+    found = max(within, key=lambda choices: table.macs(choices))
+    return tuple(found)
 
 
 def row(form: str, words: str, model: nn.Module, ours: Evaluator, operations: int, size: int) -> None:

@@ -36,7 +36,7 @@ SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
 PENALTIES: tuple[Penalty, ...] = ("funnel", "l1", "l2")
 TARGETS = (0.5, 0.35, 0.7)
 BATCH_IMAGES = 32
-STEPS = {"settle_steps": 10, "penalty_steps": 200}
+SETTLE_STEPS, PENALTY_STEPS = 10, 200
 TUNE_STEPS = 150
 CPU = torch.device("cpu")
 
@@ -52,7 +52,14 @@ def spec_of(penalty: Penalty, target: float) -> FunnelSpec:
         batch_norm="batch",
         learning_rate=0.003,
     )
-    return FunnelSpec(penalty=penalty, target=target, strength=0.05, fine_tune=tune, **STEPS)
+    return FunnelSpec(
+        penalty=penalty,
+        target=target,
+        strength=0.05,
+        fine_tune=tune,
+        settle_steps=SETTLE_STEPS,
+        penalty_steps=PENALTY_STEPS,
+    )
 
 
 def one_run(
@@ -84,7 +91,7 @@ def one_run(
 def show(lines: list[dict[str, Any]], dense: float) -> None:
     """Print the table."""
     print(
-        f"{STEPS['settle_steps']} steps at full rank, {STEPS['penalty_steps']} under the penalty, {TUNE_STEPS} of "
+        f"{SETTLE_STEPS} steps at full rank, {PENALTY_STEPS} under the penalty, {TUNE_STEPS} of "
         f"fine-tuning, of {BATCH_IMAGES} images each. Dense: {100 * dense:.2f} % on the report images.\n"
     )
     print("| MAC target | penalty | MACs | threshold | layers compressed | folded | fine-tuned | CPU minutes |")

@@ -123,7 +123,8 @@ def main() -> None:
         large = space_of(budget={"trials": arguments.trials}, strategy={"name": "random"}, tracking=tracking)
         alone: list[float] = []
         searched(Store(folder / "untracked").create("alone", setting_of(large)), None, 0.0, alone)
-        store, beside = Store(folder), []
+        store = Store(folder)
+        beside: list[float] = []
         study = store.create("large", setting_of(large))
         with closing(Tracker(TrackingSpec(), folder=folder)) as tracker:
             lag = Lag(tracker)

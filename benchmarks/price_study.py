@@ -32,7 +32,8 @@ from scipy.stats import spearmanr
 
 from ranksearch import load_space
 from ranksearch.data import to_input
-from ranksearch.evaluation import Bench, Evaluator, threads
+from ranksearch.evaluation import Bench, Evaluator
+from ranksearch.factors import threads
 from ranksearch.location import located
 from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.prices import PRICES, measure
@@ -103,6 +104,7 @@ def prepared(storage: Path) -> tuple[Bench, Prices]:
         kind="activation-aware",
         cache=store.cache,
     ).prices
+    prices: dict[str, Sequence[Sequence[float]]]
     prices = {price: [[row[price] for row in found[layer.name]] for layer in table.layers] for price in PRICES}
     bench = make_bench(network, factors, setting, Path(tempfile.mkdtemp(dir=storage)), store.cache, silent)
     return bench, {PREDICTED: layer_losses(table, PREDICTED), **prices}

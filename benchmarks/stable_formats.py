@@ -25,7 +25,8 @@ from statistics import fmean
 from typing import Any
 
 from ranksearch import load_space
-from ranksearch.evaluation import Bench, Evaluator, threads
+from ranksearch.evaluation import Bench, Evaluator
+from ranksearch.factors import threads
 from ranksearch.location import located
 from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.storage import Store

@@ -153,7 +153,7 @@ def neighbours(model: nn.Module, input_shape: Shape) -> list[tuple[str, str]]:
     ]
 
 
-class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Flow(TorchDispatchMode):
     """Counts how many operators take each tensor, and keeps what went into and came out of modules."""
 
     def __init__(self) -> None:

@@ -89,9 +89,11 @@ class Postgres(Service):
         if owner:
             shutil.chown(folder, "postgres")
         data = folder / "data"
-        initdb = [_program("initdb"), "-D", str(data), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
-        subprocess.run([*initdb, "--locale=C"], check=True, capture_output=True, cwd=folder, **owner)  # type: ignore[call-overload]
-        command = [_program("postgres"), "-D", str(data), "-p", str(self.port), "-k", str(folder)]
+        initdb = [_program("initdb") or "initdb", "-D", str(data), "-U", "postgres", "-A", "trust"]
+        subprocess.run(
+            [*initdb, "--no-sync", "-E", "UTF8", "--locale=C"], check=True, capture_output=True, cwd=folder, **owner
+        )  # type: ignore[call-overload]
+        command = [_program("postgres") or "postgres", "-D", str(data), "-p", str(self.port), "-k", str(folder)]
         command += ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
         super().__init__(command, folder / "log", cwd=folder, **owner)
 

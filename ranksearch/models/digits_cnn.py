@@ -113,7 +113,7 @@ def _train(model: nn.Module, data: Data, generator: torch.Generator, progress: C
             logits = model(augmented(images[chosen], AUGMENT, generator))
             loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             schedule.step()
         progress(epoch + 1, EPOCHS)
