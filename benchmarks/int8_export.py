@@ -77,12 +77,12 @@ def accuracy(file: Path, ours: Evaluator) -> float:
     return right / len(report)
 
 
-def fastest(files: list[Path], shape: tuple[int, ...], images: int) -> list[float]:
+def fastest(files: list[Path], shape: tuple[int, ...], images: int, runs: int) -> list[float]:
     """Milliseconds of a run of each file on so many images at a time."""
     feed = {"images": torch.randn(images, *shape, generator=torch.Generator().manual_seed(0)).numpy()}
     running = [session(file) for file in files]
     best = [float("inf")] * len(files)
-    for _ in range(RUNS[images]):
+    for _ in range(runs):
         for i, one in enumerate(running):
             started = time.thread_time()
             one.run(None, feed)
@@ -107,7 +107,9 @@ def row(form: str, bits: int, folder: Path) -> None:
     scores = " | ".join(f"{100 * value:.2f}" for value in (simulated, *(accuracy(path, ours) for path in files)))
     agreement = 100 * found.agreement.top1_agreement
     sizes = " | ".join(f"{path.stat().st_size / 1e3:.0f}" for path in files)
-    times = " | ".join(f"{ms:.2f}" for images in RUNS for ms in fastest(files, ours.bench.data.input_shape, images))
+    times = " | ".join(
+        f"{ms:.2f}" for size in RUNS.items() for ms in fastest(files, ours.bench.data.input_shape, *size)
+    )
     run = in_int8(files[0], folder)
     print(f"| {form} | {bits} | {scores} | {agreement:.2f} | {run} | {sizes} | {times} |", flush=True)
 

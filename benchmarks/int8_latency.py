@@ -1,0 +1,122 @@
+"""How long a wide network takes in int8 and in float32 in ONNX Runtime, dense and compressed; prints Markdown.
+
+Run from the root of the repository: ``python -m benchmarks.int8_latency``, on an otherwise idle machine. ResNet-18 at
+224 x 224 with random weights, calibrated on random images: latencies depend on neither, accuracies are not asked for.
+Dense, and in uniform Tucker-2 and spatial SVD at no more than half of the MACs, ranks in multiples of eight, each
+written as ``ranksearch apply --to onnx`` and ``--to onnx-int8`` do. One thread; files run in turn, the fastest counts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from benchmarks.int8_export import fastest
+from benchmarks.latency_prediction import table_of
+from ranksearch.deployment import deploy
+from ranksearch.factors import threads
+from ranksearch.models.resnet import resnet18
+from ranksearch.preparation import versions
+from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
+from ranksearch.strategies.uniform import Uniform
+from ranksearch.table import LayerPrices, PriceTable
+
+SHAPE = (3, 224, 224)
+SHARE, IMAGES = 0.5, 64
+FORMS = ("tucker2", "spatial-svd")
+RUNS = {1: 30, 16: 6}
+"""Images at a time to runs that are timed."""
+
+
+def noise(folder: Path) -> Path:
+    """A search space whose images are random."""
+    generator = np.random.default_rng(0)
+    for name in ("train", "validation"):
+        images = generator.integers(0, 256, (2 * IMAGES, *SHAPE[1:], SHAPE[0]), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=generator.integers(0, 1000, len(images)))
+    splits = dict.fromkeys(("calibration_images", "search_images", "report_images"), IMAGES)
+    data = {"source": "npz", "root": str(folder), "train": ["train.npz"], "validation": ["validation.npz"], **splits}
+    data |= {"mean": [0.5] * SHAPE[0], "std": [0.25] * SHAPE[0]}
+    file = folder / "noise.yaml"
+    file.write_text(yaml.safe_dump({"model": {"name": "resnet18"}, "data": data}), encoding="utf-8")
+    return file
+
+
+def in_format(layer: LayerPrices, form: str) -> LayerPrices:
+    """A layer with candidates of one format alone."""
+    return replace(layer, candidates=tuple(c for c in layer.candidates if c.dense or c.format == form))
+
+
+def map_of(table: PriceTable, form: str | None) -> RankMap:
+    """Uniform ranks of one format within ``SHARE`` of the MACs; dense for None."""
+    choices = table.dense
+    if form is not None:
+        own = replace(table, layers=tuple(in_format(layer, form) for layer in table.layers))
+        table, choices = own, max((m for m in Uniform().maps(own) if own.macs_ratio(m) <= SHARE), key=own.macs)
+    layers = {
+        name: LayerRanks(format=c.format, ranks=c.ranks, macs=c.macs, params=c.params, conv=table.convs[name].to_json())
+        for name, c in table.picked(choices).items()
+        if not c.dense
+    }
+    return RankMap(
+        model=ModelRecord(name="resnet18", input_shape=SHAPE),
+        layers=layers,
+        macs=table.macs(choices),
+        params=table.params(choices),
+        dense_macs=table.dense_macs,
+        dense_params=table.dense_params,
+    )
+
+
+def written(rank_map: RankMap, model: nn.Module, images: Path, folder: Path) -> list[Path]:
+    """The files in float32 and in int8."""
+    stored, dense = folder / "map.json", folder / "dense.safetensors"
+    rank_map.save(stored)
+    save_file(model.state_dict(), dense)
+    files = [folder / "float32.onnx", folder / "int8.onnx"]
+    for file, to in zip(files, ("onnx", "onnx-int8"), strict=True):
+        source = "noise" if to == "onnx" else str(images)
+        deploy(stored, file, to=to, images=source, model="resnet18", weights=dense, storage=folder)
+    return files
+
+
+def main() -> None:
+    """Write, time and print."""
+    torch.manual_seed(0)
+    model = resnet18().eval()
+    table = table_of(model, SHAPE, 8)
+    print("# Int8 in a wide network\n")
+    print("`python -m benchmarks.int8_latency` says in its first lines what is timed: ResNet-18 at 224, one thread.\n")
+    print("| network | MACs | images | float32, ms | int8, ms | float32 / int8 | dense float32 / int8 |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    base: dict[int, float] = {}
+    with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as name, threads(1):
+        images = noise(Path(name))
+        for form in (None, *FORMS):
+            folder = Path(name) / (form or "dense")
+            folder.mkdir()
+            rank_map = map_of(table, form)
+            files = written(rank_map, model, images, folder)
+            for batch, runs in RUNS.items():
+                plain, whole = fastest(files, SHAPE, batch, runs)
+                share = rank_map.macs / rank_map.dense_macs
+                ratios = f"{plain / whole:.2f} | {base.setdefault(batch, plain) / whole:.2f}"
+                print(
+                    f"| {form or 'dense'} | {share:.3f} | {batch} | {plain:.1f} | {whole:.1f} | {ratios} |", flush=True
+                )
+    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
+    print(", ".join(f"{name} {value}" for name, value in versions().items()), end="")
+    print(f", onnxruntime {onnxruntime.__version__}.")
+
+
+if __name__ == "__main__":
+    main()
