@@ -8,12 +8,10 @@ with Gaussian processes ("Efficient multiobjective optimization employing Gaussi
 genetic algorithm", 2018). Every other proposal is the drawn front's rank map at one of the targets instead, where there
 are some. Running trials count with the loss that the model expects of them.
 
-The first proposals are those of ``knapsack`` at the targets; those of ``energy`` there, whose error goes by another
-measure; where there are several formats the knapsack's of each alone at the middle target, because prices compare
-formats badly and rank maps that mix them hardly tell by how much; and the knapsack's spread over the MACs. From then on
-each carries its *promise*: how much larger the hypervolume would be were all of the drawn front tried and the draw
-right. Draws are optimistic, so the mean over the last proposals is an upper estimate of what more trials would bring;
-where it falls under ``min_gain``, the search ends.
+The first proposals are those of ``knapsack`` at the targets, those of ``energy`` there, whose error goes by another
+measure, and the knapsack's spread over the MACs. From then on each carries its *promise*: how much larger the
+hypervolume would be were all of the drawn front tried and the draw right. Draws are optimistic, so the mean over the
+last proposals is an upper estimate of what more trials would bring; where it falls under ``min_gain``, the search ends.
 """
 
 from __future__ import annotations
@@ -27,12 +25,12 @@ import numpy as np
 
 from ranksearch.strategies.energy import Energy
 from ranksearch.strategies.history import proposals_made, tried
-from ranksearch.strategies.hull import Cost, check_cost, layer_costs, layer_losses
-from ranksearch.strategies.knapsack import Knapsack, predicted_front
+from ranksearch.strategies.hull import Cost, check_cost
+from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.strategies.ladder import Choices, Ladder
 from ranksearch.strategies.learned import LearnedPrices
 from ranksearch.strategies.random import step_to_new
-from ranksearch.table import DENSE, PriceTable
+from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Signal, Trial
 
 NAME: Final = "auto"
@@ -64,7 +62,7 @@ class Auto:
     cost: Cost = "macs"
     """What the front is against: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
     first: int = 12
-    """Proposals before the prices are learned; two a target and one a format at least."""
+    """Proposals before the prices are learned; two a target at least."""
     min_gain: float = 0.0
     """The search ends where more trials promise to enlarge the hypervolume by less than this share."""
 
@@ -80,11 +78,10 @@ class Auto:
         known = set(tried(trials))  # a copy: more is noted below
         if len(known) >= table.size:
             return DONE
-        formats = _formats(table)
-        made, first = proposals_made(trials, NAME), max(self.first, 2 * len(self.targets) + len(formats))
+        made, first = proposals_made(trials, NAME), max(self.first, 2 * len(self.targets))
         limits = {"max_macs_ratio": self.max_macs_ratio, "max_latency_ratio": self.max_latency_ratio}
         if made < first:
-            choices = self._unlearned(table, formats, known, made, limits)
+            choices = self._unlearned(table, known, made, limits)
             if choices is not None:
                 return Proposal(choices=choices, origin=NAME)
         left = promise(trials)
@@ -117,56 +114,16 @@ class Auto:
         return DONE
 
     def _unlearned(
-        self,
-        table: PriceTable,
-        formats: Sequence[str],
-        known: Collection[Choices],
-        made: int,
-        limits: Mapping[str, float],
+        self, table: PriceTable, known: Collection[Choices], made: int, limits: Mapping[str, float]
     ) -> Choices | None:
         """The rank map after ``made`` others, while nothing is learned; None where there is none within the limits."""
         aims = len(self.targets)
-        spread = made - 2 * aims - len(formats)
-        found = None
         if aims <= made < 2 * aims:
-            found = Ladder(rule=Energy(), targets=self.targets, **limits).rung(table, known, made - aims)
-        elif 2 * aims <= made and spread < 0:
-            rule = _OneFormat(form=formats[spread], price=self.price, cost=self.cost)
-            middle = sorted(self.targets)[(aims - 1) // 2 :][:1]
-            found = Ladder(rule=rule, targets=tuple(middle), **limits).rung(table, known, 0)
-        if found is not None:
-            return found
+            energy = Ladder(rule=Energy(), targets=self.targets, **limits).rung(table, known, made - aims)
+            if energy is not None:
+                return energy
         knapsack = Ladder(rule=Knapsack(price=self.price, cost=self.cost), targets=self.targets, **limits)
-        return knapsack.rung(table, known, made if made < aims else aims + max(0, spread))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _OneFormat:
-    """The knapsack's rank maps in one format and dense; layers that do not have it choose among all they have."""
-
-    form: str
-    price: str
-    cost: Cost
-    name = NAME
-
-    def maps(self, table: PriceTable) -> tuple[Choices, ...]:
-        """Every rank map of its front, by rising cost."""
-        kept = []
-        for layer in table.layers:
-            own = [i for i, candidate in enumerate(layer.candidates) if candidate.format in (self.form, DENSE)]
-            kept.append(own if len(own) > 1 else list(range(len(layer.candidates))))
-        costs, losses = layer_costs(table, self.cost), layer_losses(table, self.price)
-        front = predicted_front(
-            [[own[i] for i in ours] for own, ours in zip(costs, kept, strict=True)],
-            [[own[i] for i in ours] for own, ours in zip(losses, kept, strict=True)],
-        )
-        return tuple(tuple(own[i] for own, i in zip(kept, choices, strict=True)) for choices in front)
-
-
-def _formats(table: PriceTable) -> tuple[str, ...]:
-    """The formats to choose among; none where there is no choice."""
-    found = sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense})
-    return tuple(found) if len(found) > 1 else ()
+        return knapsack.rung(table, known, made if made < aims else max(aims, made - aims))
 
 
 def promise(trials: Sequence[Trial]) -> float | None:

@@ -96,49 +96,6 @@ def test_every_target_is_tried_by_the_price_and_by_energy() -> None:
     assert all(choices in Knapsack().maps(table) for choices in tried[4:])
 
 
-def in_two_formats(table: PriceTable, flattered: float) -> PriceTable:
-    """Every candidate in a second format too, of a little less MACs, with a share of the errors."""
-    layers = []
-    for layer in table.layers:
-        twins = [replace(c, format="cp", macs=c.macs - 1, error=flattered * c.error) for c in layer.candidates[:-1]]
-        rising = sorted([*twins, *layer.candidates[:-1]], key=lambda c: c.macs)
-        layers.append(replace(layer, candidates=(*rising, layer.candidates[-1])))
-    return replace(table, layers=tuple(layers))
-
-
-def formats_of(table: PriceTable, choices: tuple[int, ...]) -> set[str]:
-    found = {layer.candidates[i].format for layer, i in zip(table.layers, choices, strict=True)}
-    return found - {"dense"}
-
-
-@pytest.mark.parametrize(("targets", "middle"), [((0.5, 0.3), 0.3), ((0.3, 0.7, 0.5), 0.5), ((), None)])
-def test_every_format_is_tried_alone_at_the_middle_target(targets: tuple[float, ...], middle: float | None) -> None:
-    table = in_two_formats(price_table(6, 8), flattered=1.0)
-    terms = Terms(seed=0, objectives=OBJECTIVES, targets=targets)
-    tried = [trial.proposal.choices for trial in searched("auto", table, 12, 0, terms)]
-    alone = tried[2 * len(targets) : 2 * len(targets) + 2]
-    assert [formats_of(table, choices) for choices in alone] == [{"cp"}, {"svd"}]
-    for choices in alone:
-        assert middle is None or middle - 0.05 < table.macs_ratio(choices) <= middle
-
-
-def test_a_format_whose_errors_flatter_it_is_left() -> None:
-    """Where the price says a fifth of what one format loses, the knapsack takes it alone; the trials tell."""
-    table, terms = price_table(8, 10), Terms(seed=0, objectives=OBJECTIVES, targets=(0.5, 0.3))
-    shown, true = in_two_formats(table, flattered=0.2), in_two_formats(table, flattered=1.5)
-
-    strategy = build_strategy(StrategySpec(name="auto", price=PREDICTED), terms)
-    trials: list[Trial] = []
-    for i in range(28):
-        proposal = strategy.propose(shown, trials)
-        assert isinstance(proposal, Proposal)
-        trials.append(complete(true, proposal, i))
-    first, last = trials[0].proposal.choices, trials[-2].proposal.choices
-    assert formats_of(shown, first) == {"cp"}
-    taken = [layer.candidates[i].format for layer, i in zip(shown.layers, last, strict=True)]
-    assert taken.count("svd") > taken.count("cp"), taken
-
-
 @given(
     points=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), min_size=1, max_size=6),
     front=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), max_size=6),
