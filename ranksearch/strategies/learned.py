@@ -3,11 +3,12 @@
 Ours. A price says what replacing one layer alone is predicted to lose. Of a whole rank map m, the negative logarithm of
 the accuracy (or, where that is the objective, the loss) is modelled as
 
-    z(m) = b + sum over layers l of w(l, format) price(l, m_l),   w(l, f) = s + a_l + c_f,
+    z(m) = b + sum over layers l of w(l, format) price(l, m_l) + e error(l, m_l),   w(l, f) = s + a_l + c_f,
 
 a Bayesian linear regression on the trials so far: s is what the prices are worth, a_l what layer l differs by (how much
-the network minds its error), c_f what the format differs by (errors compare ranks better than formats). The worse a
-trial the less it matters by how much, so its noise grows with z.
+the network minds its error), c_f what the format differs by (errors compare ranks better than formats), e what the
+predicted error is worth beside a price that was measured: the two err in different ways, and foretell networks together
+better than either alone. The worse a trial the less it matters by how much, so its noise grows with z.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ranksearch.front import non_dominated
 from ranksearch.strategies.hull import Cost, layer_costs, layer_losses, whole_cost
 from ranksearch.strategies.knapsack import predicted_front
 from ranksearch.strategies.ladder import Choices
-from ranksearch.table import PriceTable
+from ranksearch.table import PREDICTED, PriceTable
 from ranksearch.trial import Trial
 
 HISTORY: Final = 500
@@ -58,15 +59,18 @@ class _Prices:
     formats: tuple[str, ...]
     form: list[list[int]]
     """Index of each candidate's format; -1 for dense."""
+    errors: list[list[float]]
+    """Predicted; nothing where they are the price themselves."""
 
 
 @lru_cache(maxsize=4)
 def _prices(table: PriceTable, price: str, cost: Cost) -> _Prices:
     formats = tuple(sorted({c.format for layer in table.layers for c in layer.candidates if not c.dense}))
-    losses = layer_losses(table, price)
+    losses, errors = layer_losses(table, price), layer_losses(table, PREDICTED)
     broken = 2 * max((loss for layer in losses for loss in layer if isfinite(loss)), default=0.0) or 1.0
     return _Prices(
         losses=[[loss if isfinite(loss) else broken for loss in layer] for layer in losses],
+        errors=[[0.0] * len(layer) for layer in errors] if price == PREDICTED else errors,
         costs=layer_costs(table, cost),
         formats=formats,
         form=[[-1 if c.dense else formats.index(c.format) for c in layer.candidates] for layer in table.layers],
@@ -140,10 +144,11 @@ class LearnedPrices:
         return self.table.macs(choices) <= self.limit and self.table.latency_ratio(choices) <= self.slowest
 
     def features(self, choices: Sequence[int]) -> Floats:
-        """``(2 + L + F,)``: what b, s, every a_l and every c_f are multiplied with."""
-        found = np.zeros(2 + self.layers + len(self.prices.formats))
+        """``(3 + L + F,)``: what b, s, every a_l, every c_f and e are multiplied with."""
+        found = np.zeros(3 + self.layers + len(self.prices.formats))
         found[0] = 1.0
         for layer, choice in enumerate(choices):
+            found[-1] += self.prices.errors[layer][choice]
             loss, form = self.prices.losses[layer][choice], self.prices.form[layer][choice]
             found[1] += loss
             found[2 + layer] = loss
@@ -153,7 +158,7 @@ class LearnedPrices:
 
     def _learn(self) -> None:
         """Mean and a root of the covariance of the weights."""
-        size = 2 + self.layers + len(self.prices.formats)
+        size = 3 + self.layers + len(self.prices.formats)
         self.mean, self.root = np.zeros(size), np.zeros((size, size))
         self.scale = self.mean[1] = 1.0
         if len(self.maps) < 2:
@@ -161,16 +166,15 @@ class LearnedPrices:
         x = np.stack([self.features(choices) for choices in self.maps])
         low, high = float(self.losses.min()), float(self.losses.max())
         noise = NOISE * (self.losses - low) + LEAST_NOISE * max(high - low, 1e-9)
-        # What the prices are worth: the slope of a line through the trials, weighted by their noise.
-        centred = x[:, 1] - np.average(x[:, 1], weights=noise**-2)
-        slope = float((noise**-2 * centred * self.losses).sum() / max((noise**-2 * centred**2).sum(), 1e-300))
-        rise = (high - low) / max(float(np.ptp(x[:, 1])), 1e-12)
-        self.scale = slope if isfinite(slope) and slope > 0.01 * rise else rise or 1.0
+        mixed = bool(x[:, -1].any())
+        self.scale = _slope(x[:, 1], self.losses, noise) / (1 + mixed)
         spread = np.full(size, LAYER_SPREAD * self.scale)
         spread[0], spread[1] = max(high - low, 1e-9), self.scale
-        spread[2 + self.layers :] = FORMAT_SPREAD * self.scale
+        spread[2 + self.layers : -1] = FORMAT_SPREAD * self.scale
         prior = np.zeros(size)
         prior[0], prior[1] = low, self.scale
+        # Before any trial price and error say half of it each.
+        prior[-1] = spread[-1] = _slope(x[:, -1], self.losses, noise) / 2 if mixed else 0.0
         scaled = x * spread / noise[:, None]
         half = np.linalg.inv(np.linalg.cholesky(np.eye(size) + scaled.T @ scaled)).T
         self.mean = prior + spread * (half @ (half.T @ (scaled.T @ ((self.losses - x @ prior) / noise))))
@@ -182,11 +186,11 @@ class LearnedPrices:
 
     def weighted(self, weights: Floats) -> list[list[float]]:
         """The loss that each candidate of each layer adds under these weights."""
-        shares = np.append(weights[2 + self.layers :], 0.0)  # dense is of no format
-        found = []
-        for layer, (losses, form) in enumerate(zip(self.prices.losses, self.prices.form, strict=True)):
+        shares = np.append(weights[2 + self.layers : -1], 0.0)  # dense is of no format
+        prices, found = self.prices, []
+        for layer, (losses, form, errors) in enumerate(zip(prices.losses, prices.form, prices.errors, strict=True)):
             each = np.maximum(weights[1] + weights[2 + layer] + shares[form], LEAST_WEIGHT * self.scale)
-            found.append((each * losses).tolist())
+            found.append((each * losses + max(weights[-1], 0.0) * np.array(errors)).tolist())
         return found
 
     def best(
@@ -241,6 +245,14 @@ class LearnedPrices:
         for each, column in zip(values, maps.T, strict=True):
             found += each[column]
         return found
+
+
+def _slope(x: Floats, z: Floats, noise: Floats) -> float:
+    """Of a line through the points ``(N,)``, weighted by their noise; where it does not rise, that of their ranges."""
+    centred = x - np.average(x, weights=noise**-2)
+    slope = float((noise**-2 * centred * z).sum() / max((noise**-2 * centred**2).sum(), 1e-300))
+    rise = float(np.ptp(z)) / max(float(np.ptp(x)), 1e-12)
+    return slope if isfinite(slope) and slope > 0.01 * rise else rise or 1.0
 
 
 def gains(points: Floats, front: Floats, reference: Floats) -> Floats:
