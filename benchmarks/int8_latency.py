@@ -26,9 +26,10 @@ from ranksearch.deployment import deploy
 from ranksearch.factors import threads
 from ranksearch.models.resnet import resnet18
 from ranksearch.preparation import versions
-from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
+from ranksearch.rankmap import RankMap
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.table import LayerPrices, PriceTable
+from tests.tables import rank_map as map_with
 
 SHAPE = (3, 224, 224)
 SHARE, IMAGES = 0.5, 64
@@ -62,19 +63,7 @@ def map_of(table: PriceTable, form: str | None) -> RankMap:
     if form is not None:
         own = replace(table, layers=tuple(in_format(layer, form) for layer in table.layers))
         table, choices = own, max((m for m in Uniform().maps(own) if own.macs_ratio(m) <= SHARE), key=own.macs)
-    layers = {
-        name: LayerRanks(format=c.format, ranks=c.ranks, macs=c.macs, params=c.params, conv=table.convs[name].to_json())
-        for name, c in table.picked(choices).items()
-        if not c.dense
-    }
-    return RankMap(
-        model=ModelRecord(name="resnet18", input_shape=SHAPE),
-        layers=layers,
-        macs=table.macs(choices),
-        params=table.params(choices),
-        dense_macs=table.dense_macs,
-        dense_params=table.dense_params,
-    )
+    return map_with(table, choices, "resnet18", SHAPE)
 
 
 def written(rank_map: RankMap, model: nn.Module, images: Path, folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranksearch.conv import Conv
-from ranksearch.rankmap import LayerRanks
+from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
 from ranksearch.table import DENSE, Candidate, LayerPrices, PriceTable
 from ranksearch.trial import Outcome, Proposal
 
@@ -100,6 +100,23 @@ def every_rank_table(channels: Sequence[int] = (8, 12, 16), seed: int = 0) -> Pr
         layers.append(LayerPrices(name=f"fc{i}", conv=conv, candidates=(*found, dense), spectra=spectra_of(kernel)))
     macs, params = (sum(getattr(layer.conv, name) for layer in layers) for name in ("macs", "params"))
     return PriceTable(layers=tuple(layers), other_macs=0, other_params=0, dense_macs=macs, dense_params=params)
+
+
+def rank_map(table: PriceTable, choices: Sequence[int], model: str, shape: tuple[int, ...]) -> RankMap:
+    """The rank map of these choices, of the model called ``model`` on inputs of one shape."""
+    layers = {
+        name: LayerRanks(format=c.format, ranks=c.ranks, conv=table.convs[name].to_json(), macs=c.macs, params=c.params)
+        for name, c in table.picked(choices).items()
+        if not c.dense
+    }
+    return RankMap(
+        model=ModelRecord(name=model, input_shape=shape),
+        layers=layers,
+        macs=table.macs(choices),
+        params=table.params(choices),
+        dense_macs=table.dense_macs,
+        dense_params=table.dense_params,
+    )
 
 
 def random_kernel(shape: tuple[int, ...], *, rank: int, noise: float = 0.1, seed: int = 0) -> NDArray[np.float64]:

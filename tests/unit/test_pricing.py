@@ -20,12 +20,13 @@ from ranksearch.errors import BudgetError, DecompositionError, RankMapError, Spa
 from ranksearch.factors import store
 from ranksearch.models.cifar_resnet import resnet20
 from ranksearch.pricing import Factors, Selection, decompose, price, select
-from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
+from ranksearch.rankmap import LayerRanks
 from ranksearch.space import Space
 from ranksearch.surgery import apply_rank_map, skeleton
 from ranksearch.table import DENSE, PriceTable
 from tests import oracles
 from tests.networks import SharedNet, SmallNet, small_images, small_net
+from tests.tables import rank_map
 
 WEIGHTS_ONLY = {"factors": "weight-only"}
 ALL = ["tucker2", "svd", "spatial-svd", "channel-svd"]
@@ -49,22 +50,6 @@ def priced(
     return price(space, selection, factors)[0], selection, factors
 
 
-def rank_map(table: PriceTable, choices: tuple[int, ...], shape: tuple[int, int, int]) -> RankMap:
-    layers = {
-        name: LayerRanks(format=c.format, ranks=c.ranks, conv=table.convs[name].to_json(), macs=c.macs, params=c.params)
-        for name, c in table.picked(choices).items()
-        if not c.dense
-    }
-    return RankMap(
-        model=ModelRecord(name="net", input_shape=shape),
-        layers=layers,
-        macs=table.macs(choices),
-        params=table.params(choices),
-        dense_macs=table.dense_macs,
-        dense_params=table.dense_params,
-    )
-
-
 def random_choices(table: PriceTable, count: int) -> Iterator[tuple[int, ...]]:
     rng = np.random.default_rng(0)
     yield table.dense
@@ -84,7 +69,7 @@ def test_the_macs_of_a_proposal_are_those_counted_on_resnet20(tmp_path: Path, sh
         net.layer2[0].conv2, torch.zeros(1, 32, 16, 16)
     ) - (table.pinned[0][2].macs)
     for choices in random_choices(table, 6):
-        chosen = rank_map(table, choices, shape)
+        chosen = rank_map(table, choices, "net", shape)
         for built in (skeleton(chosen, net), apply_rank_map(chosen, net)):
             assert table.macs(choices) == oracles.macs(built, images)
             assert table.params(choices) == sum(p.numel() for p in built.parameters())
@@ -95,7 +80,7 @@ def test_the_macs_of_a_proposal_are_those_counted_on_every_kind_of_layer(tmp_pat
     space = space_of(layers={"include": ["*"], "exclude": ["head"]})
     table, _, _ = priced(space, net, SmallNet.shape, tmp_path)
     for choices in random_choices(table, 10):
-        built = skeleton(rank_map(table, choices, SmallNet.shape), net)
+        built = skeleton(rank_map(table, choices, "net", SmallNet.shape), net)
         assert table.macs(choices) == oracles.macs(built, small_images(1))
         assert table.params(choices) == sum(p.numel() for p in built.parameters())
 
@@ -187,7 +172,7 @@ def test_the_ranks_of_a_users_map_are_candidates_beside_all_others(tmp_path: Pat
     given = (max_rank(FORMATS["tucker2"], conv)[0], 1)  # one channel out: any other candidate beats it
     known = next(layer.candidates for layer in table.layers if layer.name == name)
     assert given not in {c.ranks for c in known if c.format == "tucker2"}
-    theirs = rank_map(table, table.dense, SmallNet.shape)
+    theirs = rank_map(table, table.dense, "net", SmallNet.shape)
     layer = LayerRanks(format="tucker2", ranks=given, conv=conv.to_json(), macs=1, params=1)
     wider, _ = price(space_of(), selection, factors, [theirs.model_copy(update={"layers": {name: layer}})])
     for before, after in zip(table.layers, wider.layers, strict=True):
@@ -233,7 +218,7 @@ def test_a_budget_that_no_rank_map_meets_names_the_least(tmp_path: Path) -> None
     net = small_net()
     table, selection, factors = priced(space_of(), net, SmallNet.shape, tmp_path)
     least = min(
-        oracles.macs(skeleton(rank_map(table, c, SmallNet.shape), net), small_images(1))
+        oracles.macs(skeleton(rank_map(table, c, "net", SmallNet.shape), net), small_images(1))
         for c in [(0,) * len(table.layers), *random_choices(table, 20)]
     )
     share = least / table.dense_macs
