@@ -1,10 +1,11 @@
 """Weights and activations of few bits: kernels rounded to whole multiples of a scale, and their simulation.
 
-Weights are symmetric, with one scale for each output channel; activations have one range for each tensor. Folding a
-batch norm into a kernel multiplies its output channels, so that a rounded kernel stays one. A kernel is rounded to its
-nearest multiples, or to its outputs: one input after another, each error made up for by the inputs that are still to
-come (E. Frantar et al., "GPTQ", 2022, arXiv 2210.17323, algorithm 1), which is a regression whose solution is whole
-multiples. Rounding itself, and the gradient that it lets through, are PyTorch's ``fake_quantize``.
+Weights are symmetric, with one scale for each output channel; activations have one range for each tensor, symmetric
+between the factors of a layer, where nothing makes them positive. Folding a batch norm into a kernel multiplies its
+output channels, so that a rounded kernel stays one. A kernel is rounded to its nearest multiples, or to its outputs:
+one input after another, each error made up for by the inputs that are still to come (E. Frantar et al., "GPTQ", 2022,
+arXiv 2210.17323, algorithm 1), which is a regression whose solution is whole multiples. Rounding itself, and the
+gradient that it lets through, are PyTorch's ``fake_quantize``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ranksearch.table import FLOAT_BITS
 
 Clip = Literal["mse", "percentile"]
 
+_KINDS = (nn.Linear, TiedConv, *PLAIN.values(), *TRANSPOSED.values())
 _SHARES = tuple(1 - i / 80 for i in range(41))
 """Clips of a range that are tried, from all of it to half of it."""
 _OUTERMOST = 1e-4
@@ -145,8 +147,7 @@ def widths_of(model: nn.Module, layers: Mapping[str, int], other: int) -> dict[s
         layers: bits of the layers that are chains of stages; a chain's stages all have them.
         other: bits of all others.
     """
-    kinds = (nn.Linear, TiedConv, *PLAIN.values(), *TRANSPOSED.values())
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    names = [name for name, module in model.named_modules() if isinstance(module, _KINDS)]
     return {name: layers.get(name.rpartition(".")[0], other) for name in names}
 
 
@@ -181,15 +182,22 @@ class Range:
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, 255)
 
 
-def range_of(x: Tensor, clip: Clip) -> Range:
-    """The range of eight bits for values like those of ``x``; of values of both signs zero is a multiple, too."""
+def range_of(x: Tensor, clip: Clip, *, symmetric: bool = False) -> Range:
+    """The range of eight bits for values like those of ``x``; of values of both signs zero is a multiple, too.
+
+    Args:
+        x: the values.
+        clip: which of them may lie outside.
+        symmetric: as far below zero as above it: 255 values, the zero point is 128.
+    """
     values = x.detach().float().flatten()
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     sample = values[:: max(1, len(values) // _SAMPLE)]
+    made = _symmetric if symmetric else _range
     if clip == "percentile":
         ends = torch.quantile(sample, torch.tensor([_OUTERMOST / 2, 1 - _OUTERMOST / 2]).to(sample))
-        return _range(min(0.0, float(ends[0])), max(0.0, float(ends[1])))
-    tried = [_range(share * low, share * high) for share in _SHARES]
+        return made(min(0.0, float(ends[0])), max(0.0, float(ends[1])))
+    tried = [made(share * low, share * high) for share in _SHARES]
     errors = [float((each(sample) - sample).square().sum()) for each in tried]
     return tried[min(range(len(tried)), key=errors.__getitem__)]
 
@@ -199,14 +207,34 @@ def _range(low: float, high: float) -> Range:
     return Range(scale=scale, zero_point=min(255, max(0, round(-low / scale))))
 
 
+def _symmetric(low: float, high: float) -> Range:
+    return Range(scale=max(high, -low, 1e-30) / 127, zero_point=128)
+
+
+def _between_factors(model: nn.Module, name: str) -> bool:
+    """Whether a convolution or linear layer takes what another one gives, with nothing between."""
+    above, _, own = name.rpartition(".")
+    row = model.get_submodule(above) if above else model
+    if not isinstance(row, nn.Sequential):
+        return False
+    names = list(dict(row.named_children()))
+    place = names.index(own)
+    return place > 0 and isinstance(row.get_submodule(names[place - 1]), _KINDS)
+
+
 @torch.no_grad()
 def ranges(model: nn.Module, names: Iterable[str], images: Tensor, clip: Clip) -> dict[str, Range]:
-    """The ranges of what goes into the named modules, on calibration images ``(N, C, *size)``; modes are restored."""
+    """The ranges of what goes into the named modules, on calibration images ``(N, C, *size)``; modes are restored.
+
+    Between the factors of a layer they are symmetric.
+    """
     found: dict[str, Range] = {}
+    names = list(names)
+    between = {name for name in names if _between_factors(model, name)}
 
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = range_of(inputs[0], clip)
+            found[name] = range_of(inputs[0], clip, symmetric=name in between)
 
         return hook
 

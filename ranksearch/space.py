@@ -150,7 +150,7 @@ class StabiliseSpec(Section):
 class QuantiseSpec(Section):
     """Factors and activations of few bits, as a network of whole numbers computes with them; simulated in float32.
 
-    Weights have a scale for each output channel, activations one for each tensor.
+    Weights have a scale for each output channel, activations one for each tensor, symmetric between a layer's factors.
     """
 
     weight_bits: Annotated[list[Literal[4, 8]], Field(min_length=1)] = [8]

@@ -1,7 +1,7 @@
 """Work on several processes at once that are one process group of PyTorch: Ray Train starts them, and anew if one dies.
 
-Ray Train runs in an actor beside the driver, which also holds what the workers tell: the driver only listens, so that
-Ctrl-C ends it at once, and no checkpoint needs a folder that all machines share.
+Ray Train runs in a task beside the driver, and an actor there holds what the workers tell: the driver only listens, so
+that Ctrl-C ends it at once, and no checkpoint needs a folder that all machines share.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import queue
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ranksearch.engine import brief, reason
@@ -33,6 +34,8 @@ _LISTENING_SECONDS = 1.0
 """How long the driver waits for a word before it looks whether the work has ended."""
 _THREADS = 64
 """Calls that the actor beside the driver answers at once."""
+_PARTING_SECONDS = 60.0
+"""How long the workers are given to end, and one whose foreman has died to be ended, before it fails."""
 _ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 """Ray Train leaves the working directory alone, and looks twice a second whether its workers are alive."""
 
@@ -62,7 +65,7 @@ class Member:
 
     def keep(self, content: bytes) -> None:
         """Let the driver hear it, and those that may be started anew find it; returns when it is safe."""
-        ray.get(self.foreman.keep.remote(content))
+        _answer(self.foreman.keep.remote(content))
 
 
 @contextmanager
@@ -79,19 +82,15 @@ def crew(spec: ResourcesSpec) -> Iterator[Callable[[Work, Hear], None]]:
     # Started with the CPUs that there are: several workers on one would only be slower.
     with quiet(spec.address), cluster(spec.model_copy(update={"workers": None})):
         check_team(spec, nodes())
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = ray.remote(num_cpus=0)(_Foreman)
-        held = [actor.options(scheduling_strategy=here, max_concurrency=_THREADS).remote()]
-        try:
-            yield partial(_run, spec, held)
-        finally:
-            ray.kill(held.pop())  # nobody keeps the handle: one that outlives the connection ends the process
+        yield partial(_run, spec)
 
 
-def _run(spec: ResourcesSpec, held: list[Any], work: Work, hear: Hear) -> None:
-    """Run work, with the foreman that is ``held``."""
-    foreman = held[0]
-    running = foreman.fit.remote([ray.put(work)], spec)
+def _run(spec: ResourcesSpec, work: Work, hear: Hear) -> None:
+    """Run work, and hear what is told of it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor, task = ray.remote(num_cpus=0)(_Foreman), ray.remote(num_cpus=0, max_retries=0)(_fit)
+    foreman: Any = actor.options(scheduling_strategy=here, max_concurrency=_THREADS).remote()
+    running = task.options(scheduling_strategy=here).remote(foreman, [ray.put(work)], spec)
     try:
         over = False
         while not over:
@@ -104,6 +103,11 @@ def _run(spec: ResourcesSpec, held: list[Any], work: Work, hear: Hear) -> None:
     except RayError as error:
         failure = reason(error)
     finally:
+        # As Ctrl-C would reach it: Ray Train ends its workers and gives back what it has reserved. The foreman goes
+        # last, and no handle of it outlives the connection, which would end the process.
+        ray.cancel(running, recursive=False)
+        ray.wait([running], timeout=_PARTING_SECONDS)
+        ray.kill(foreman)
         del foreman, running
     if failure is not None:
         raise EngineError(
@@ -112,42 +116,42 @@ def _run(spec: ResourcesSpec, held: list[Any], work: Work, hear: Hear) -> None:
         )
 
 
+def _fit(foreman: Any, held: list[Any], spec: ResourcesSpec) -> str | None:
+    """Run the work that ``held`` refers to by Ray Train; returns why it failed."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    os.environ.update(_ENVIRONMENT)
+    gpus = spec.gpus_per_trial
+    with tempfile.TemporaryDirectory(prefix="ranksearch-train-") as folder:
+        trainer = TorchTrainer(
+            partial(_work, held, foreman, on_gpu=gpus > 0),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=spec.workers or 1,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": spec.cpus_per_trial, "GPU": gpus},
+            ),
+            run_config=ray.train.RunConfig(
+                name="training",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=_RESTARTS),
+            ),
+        )
+        try:
+            with suppress(SystemExit):  # how Ray Train ends where it is interrupted
+                trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            failures = [*getattr(error, "worker_failures", {}).values(), error]
+            return brief(str(failures[0]).strip().splitlines()[-1])
+    return None
+
+
 class _Foreman:
-    """Runs Ray Train, and passes on what the workers tell."""
+    """Holds what the workers tell, until the driver hears it."""
 
     def __init__(self) -> None:
         self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._kept: bytes | None = None
-
-    def fit(self, held: list[Any], spec: ResourcesSpec) -> str | None:
-        """Run the work that ``held`` refers to; returns why it failed."""
-        import ray.train
-        from ray.train.torch import TorchTrainer
-
-        self._kept = None
-        os.environ.update(_ENVIRONMENT)
-        gpus = spec.gpus_per_trial
-        foreman = ray.get_runtime_context().current_actor
-        with tempfile.TemporaryDirectory(prefix="ranksearch-train-") as folder:
-            trainer = TorchTrainer(
-                partial(_work, held, foreman, on_gpu=gpus > 0),
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=spec.workers or 1,
-                    use_gpu=gpus > 0,
-                    resources_per_worker={"CPU": spec.cpus_per_trial, "GPU": gpus},
-                ),
-                run_config=ray.train.RunConfig(
-                    name="training",
-                    storage_path=folder,
-                    failure_config=ray.train.FailureConfig(max_failures=_RESTARTS),
-                ),
-            )
-            try:
-                trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                failures = [*getattr(error, "worker_failures", {}).values(), error]
-                return brief(str(failures[0]).strip().splitlines()[-1])
-        return None
 
     def tell(self, message: Any) -> None:
         """Take a message for the driver."""
@@ -184,11 +188,24 @@ def _work(held: list[Any], foreman: Any, *, on_gpu: bool) -> None:
         place=context.get_world_rank(),
         size=context.get_world_size(),
         device=ray.train.torch.get_device() if on_gpu else torch.device("cpu"),
-        kept=ray.get(foreman.kept.remote()),
+        kept=_answer(foreman.kept.remote()),
         foreman=foreman,
     )
     try:
         ray.get(held[0])(member)
     except (RanksearchError, ArithmeticError) as error:
         # It would come again: nothing is gained by starting anew.
-        ray.get(foreman.tell.remote(error))
+        _answer(foreman.tell.remote(error))
+
+
+def _answer(reference: Any) -> Any:
+    """What the foreman answers.
+
+    Where it has died, all are about to be ended with it. A worker that failed until then would have Ray Train begin
+    anew, and what it reserves while it is being ended itself, a cluster holds for ever.
+    """
+    try:
+        return ray.get(reference)
+    except RayActorError:
+        time.sleep(_PARTING_SECONDS)
+        raise

@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
+from ranksearch.engine.cluster import cluster as connection
+from ranksearch.engine.cluster import quiet
+from ranksearch.engine.train import crew
 from ranksearch.errors import EngineError, ModelError
 from ranksearch.finetuning import FineTuned, Workers, finetune
 from ranksearch.models import build_model
-from ranksearch.space import AugmentSpec, DataSpec, FineTuneSpec, ModelSpec
+from ranksearch.space import AugmentSpec, DataSpec, FineTuneSpec, ModelSpec, ResourcesSpec
 from tests.conftest import REPOSITORY
 from tests.maps import rank_map_for
 from tests.services import ray_cluster
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
 DATA = DataSpec(
     train_images=320,
     calibration_images=64,
@@ -209,6 +213,46 @@ def test_ctrl_c_leaves_nothing_behind(rank_map: Path, tmp_path: Path) -> None:
     assert command.ended() == 130, command.log.read_text()
     assert "Traceback" not in command.log.read_text()
     assert not command.family()
+
+
+def _processes_of_ray() -> set[tuple[int, str]]:
+    """Workers of all clusters on this machine: those that run something, as Ray calls them."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        except OSError:
+            continue
+        if name.startswith("ray::") and not name.startswith("ray::IDLE"):
+            found.add((int(entry.name), name))
+    return found
+
+
+def _free_cpus() -> float:
+    return float(ray.available_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.slow
+def test_an_interruption_gives_back_what_the_workers_had(cluster: str) -> None:
+    def work(member: Any) -> None:
+        while True:
+            if member.place == 0:
+                member.keep(b"state")
+            else:
+                time.sleep(0.01)
+
+    def hear(message: Any) -> None:
+        raise Killed
+
+    before = _processes_of_ray()
+    for _ in range(2):
+        with crew(ResourcesSpec(workers=3, address=cluster)) as run, pytest.raises(Killed):
+            run(work, hear)
+    deadline = time.monotonic() + 60
+    with quiet(cluster), connection(ResourcesSpec(workers=3, address=cluster)):
+        while _free_cpus() != 3 or _processes_of_ray() - before:
+            assert time.monotonic() < deadline, (_free_cpus(), _processes_of_ray() - before)
+            time.sleep(0.5)
 
 
 @pytest.mark.slow

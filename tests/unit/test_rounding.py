@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import cast
 
 import numpy as np
 import pytest
@@ -126,13 +127,16 @@ def test_moments_that_cannot_be_factorised_leave_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("clip", ["mse", "percentile"])
-@pytest.mark.parametrize("signed", [False, True])
-def test_activations_take_256_values_and_zero(clip: Clip, signed: bool) -> None:
+@pytest.mark.parametrize(("signed", "symmetric"), [(False, False), (True, False), (True, True)])
+def test_activations_take_256_values_and_zero(clip: Clip, signed: bool, symmetric: bool) -> None:
     x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
     x = x if signed else x.relu()
-    each = range_of(x, clip)
+    each = range_of(x, clip, symmetric=symmetric)
     found = each(x)
     assert len(found.unique()) <= 256
+    if symmetric:
+        inside = x.abs() <= 127 * each.scale
+        assert torch.equal(each(-x)[inside], -found[inside])
     assert bool((found[x == 0] == 0).all()), "zero, which padding brings, is exact"
     assert torch.equal(each(found), found)
     assert float((found - x).square().mean()) < 1e-4 * float(x.square().mean())
@@ -146,6 +150,19 @@ def test_outliers_are_clipped() -> None:
     unclipped = float(((x / step).round() * step - x).square().sum())
     assert errors[0] <= 1.05 * min(errors[1], unclipped)
     assert range_of(torch.zeros(5), "mse")(torch.zeros(5)).tolist() == [0.0] * 5
+
+
+def test_ranges_between_factors_are_symmetric() -> None:
+    """As many multiples below zero as above it, and none lost: what comes from a ReLU begins at zero."""
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 1))
+    net = nn.Sequential(chain, nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Flatten(), nn.Linear(5 * 36, 3))
+    nn.init.constant_(cast(Tensor, cast(nn.Conv2d, net[2]).bias), 3.0)
+    known = ranges(net, widths_of(net, {}, 8), torch.randn(16, 3, 8, 8), "mse")
+    zeros = {name: each.zero_point for name, each in known.items()}
+    assert zeros["0.1"] == zeros["0.2"] == 128
+    assert zeros["2"] == 0, "after a ReLU"
+    assert zeros["4"] != 128, "what stands between is not looked at"
 
 
 def test_activations_are_rounded_for_a_while() -> None:
