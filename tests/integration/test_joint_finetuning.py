@@ -28,7 +28,7 @@ from tests.conftest import REPOSITORY
 from tests.maps import rank_map_for
 from tests.services import ray_cluster
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(900)]
 DATA = DataSpec(
     train_images=320,
     calibration_images=64,
