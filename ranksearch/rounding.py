@@ -217,7 +217,8 @@ def _between_factors(model: nn.Module, name: str) -> bool:
     row = model.get_submodule(above) if above else model
     if not isinstance(row, nn.Sequential):
         return False
-    names = list(dict(row.named_children()))
+    # A module that stands in more than one place, such as one ReLU for all, counts in each.
+    names = [each for each, _ in row.named_modules(remove_duplicate=False) if each and "." not in each]
     place = names.index(own)
     return place > 0 and isinstance(row.get_submodule(names[place - 1]), _KINDS)
 
