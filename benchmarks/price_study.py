@@ -6,7 +6,7 @@ the folder as ``search_spaces/resnet20-cifar10.yaml`` describes it. It goes on w
 Rank maps of ResNet-20, ``tucker2`` and ``spatial-svd`` together, as many at each of three budgets: knapsack fronts of
 the predicted error, every layer's (and every format's) error multiplied by a random factor. Half of them with small
 factors, good allocations that differ; half with large ones, which come close to allocations at random. Each is scored
-on 1,250 search images after more and more work: factors alone; batch norms recalibrated; sequential regression as
+on 2,500 search images after more and more work: factors alone; batch norms recalibrated; sequential regression as
 a search does it; that and a brief training. What all are compared with is the accuracy on the 2,500 report images
 after a longer training. Prices are sums over the layers, measured on 256 calibration images, one layer alone changed.
 
@@ -50,11 +50,8 @@ MAPS = 20
 SPREADS = (0.7, 2.5)
 """Standard deviations of the logarithm of the factors, in turn."""
 IMAGES = 256
-BATCH = 64
-BRIEF, LONG, RATE = 12, 60, 0.003
-SGD = {"optimiser": "sgd", "batch_norm": "batch"}
-"""Steps of training, of ``BATCH`` images each, and the largest learning rate: at 0.01, as searches have it by default,
-so short a training costs more than it restores."""
+BRIEF, LONG = 12, 78
+"""Steps of training as searches have it by default: 128 images each."""
 Prices = Mapping[str, Sequence[Sequence[float]]]
 """Price to layer to candidate to value."""
 
@@ -83,8 +80,6 @@ def rank_maps(table: PriceTable) -> Iterator[tuple[float, tuple[int, ...]]]:
 def prepared(storage: Path) -> tuple[Bench, Prices]:
     """What evaluates the rank maps, and the prices of all candidates."""
     settings = [
-        "data.search_images=1250",
-        "data.report_images=2500",
         "formats=[tucker2,spatial-svd]",
         "evaluation.factors=activation-aware",
         "resources.engine=local",
@@ -115,7 +110,7 @@ def evaluators(bench: Bench) -> dict[str, Callable[[Task], Any]]:
 
     def with_(steps: int = 0, **changes: Any) -> Evaluator:
         own = bench.space.evaluation
-        tuned = own.fine_tune.model_copy(update={"steps": steps, "batch_images": BATCH, "learning_rate": RATE, **SGD})
+        tuned = own.fine_tune.model_copy(update={"steps": steps})
         evaluation = own.model_copy(update={**changes, "fine_tune": tuned})
         return Evaluator(replace(bench, space=bench.space.model_copy(update={"evaluation": evaluation})))
 
@@ -181,7 +176,7 @@ def main() -> None:
     print(
         "# Which price predicts\n\nPrinted by `python -m benchmarks.price_study`, whose first lines say what is done.\n"
     )
-    print(f"{len(rows)} rank maps; {LONG} steps of {BATCH} images after regression are the longer training.")
+    print(f"{len(rows)} rank maps; {LONG} steps of 128 images after regression are the longer training.")
     for budget in BUDGETS:
         ours = [100 * row["long"] for row in rows if row["budget"] == budget]
         print(
