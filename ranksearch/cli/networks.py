@@ -99,8 +99,9 @@ def apply(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="safetensors, pt2 (torch.export), onnx, onnx-int8, or python (a module that imports torch alone): a "
-            "network that runs, of the map's own weights where it has them, read back and compared, with a manifest.",
+            help="safetensors, pt2 (torch.export), pt2-int8, onnx, onnx-int8, or python (a module that imports torch "
+            "alone): a network that runs, of the map's own weights where it has them, read back and compared, with a "
+            "manifest.",
         ),
     ] = None,
     images: Annotated[

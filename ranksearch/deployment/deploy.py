@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ranksearch.data import Data, to_input
 from ranksearch.deployment.int8 import ONNX_INT8
 from ranksearch.deployment.portable import ONNX, PT2, SAFETENSORS
+from ranksearch.deployment.pt2e import PT2_INT8
 from ranksearch.deployment.source import PYTHON
 from ranksearch.deployment.target import Job, Runner, Target, first_line
 from ranksearch.errors import ExportError, RanksearchError
@@ -44,6 +45,7 @@ from ranksearch.surgery import count_macs, count_params, run_one
 TARGETS: dict[str, Target] = {
     "safetensors": SAFETENSORS,
     "pt2": PT2,
+    "pt2-int8": PT2_INT8,
     "onnx": ONNX,
     "onnx-int8": ONNX_INT8,
     "python": PYTHON,

@@ -30,7 +30,15 @@ def _read_safetensors(job: Job, path: Path) -> Runner:
 
 
 def _write_pt2(job: Job, path: Path) -> None:
-    torch.export.save(job.program, path)
+    save_program(job.program, path)
+
+
+def save_program(program: ExportedProgram, path: Path) -> None:
+    """Write a graph as torch.export does, without the lines of source and the paths that it notes beside nodes."""
+    for node in program.graph.nodes:
+        for noted in ("stack_trace", "from_node"):
+            node.meta.pop(noted, None)
+    torch.export.save(program, path)
 
 
 def _read_pt2(job: Job, path: Path) -> Runner:

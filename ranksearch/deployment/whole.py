@@ -118,15 +118,12 @@ class _Graph:
         if found is None:
             if inputs is None:  # the network has it and does not use it
                 return
-            raise ExportError(
-                f"weights that are whole numbers must stand in the graph as they are in the network, {name} has none "
-                "there that are its own. Do not compute with a layer's weights, or use `--to onnx`."
-            )
+            raise no_own_weights(name, "onnx")
         weight, axis = found
         nodes = [node for node, index in weight.uses() if index == 1]
         step = None
         if bits < FLOAT_BITS:
-            whole, step = _whole(name, module, bits, transposed=axis == 1 and isinstance(module, nn.Linear))
+            whole, step = _arrays(name, module, bits, transposed=axis == 1 and isinstance(module, nn.Linear))
             weight.replace_all_uses_with(self._dequantised(f"{name}.weight", whole, step, axis, bits))
         if inputs is None:
             return
@@ -251,21 +248,38 @@ class _Graph:
         self.graph.sort()
 
 
-def _whole(name: str, module: nn.Module, bits: int, *, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The whole numbers of a layer's weights, int8 as PyTorch or, ``transposed``, ONNX stores them, and their steps."""
+def no_own_weights(name: str, instead: str) -> ExportError:
+    """Of a layer whose weights are not in the graph: what to say, and which formats to take instead."""
+    return ExportError(
+        f"weights that are whole numbers must stand in the graph as they are in the network, {name} has none there "
+        f"that are its own. Do not compute with a layer's weights, or use `--to {instead}`."
+    )
+
+
+def whole_weights(name: str, module: nn.Module, bits: int, instead: str) -> tuple[Tensor, Tensor]:
+    """The whole numbers of a layer's weights, int8 as PyTorch stores them, and the step of each output channel.
+
+    Raises:
+        ExportError: there are none, or a transposed layer has several groups; the message names ``instead``.
+    """
     groups = turned_groups(module)
     if groups > 1:
         raise ExportError(
             f"weights of whole numbers must have their output channels along one axis, the transposed convolution "
-            f"{name} has {groups} groups. Use `--to onnx`."
+            f"{name} has {groups} groups. Use `--to {instead}`."
         )
     found = whole_numbers(kernel_of(module)[0], bits)
     if found is None:
         raise ExportError(
             f"weights of {bits} bits must be whole multiples of a step in every output channel, those of {name} are "
-            "not. Export the rank map and its weights again, or use `--to onnx`."
+            f"not. Export the rank map and its weights again, or use `--to {instead}`."
         )
     whole, step = found
     weight: Any = module.weight
-    stored = (turned(whole, groups) if groups else whole).reshape(weight.shape)
+    return (turned(whole, groups) if groups else whole).reshape(weight.shape), step
+
+
+def _arrays(name: str, module: nn.Module, bits: int, *, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers and steps; ``transposed``: as ONNX stores those of a product."""
+    stored, step = whole_weights(name, module, bits, "onnx")
     return np.ascontiguousarray(stored.numpy().T if transposed else stored.numpy()), step.numpy()

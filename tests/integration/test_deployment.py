@@ -277,7 +277,7 @@ def test_a_bad_export_is_refused_and_leaves_nothing(network: str, to: str, messa
 @pytest.mark.parametrize(
     ("to", "name", "message"),
     [
-        ("tflite", "net.tflite", "exported to one of safetensors, pt2, onnx, onnx-int8, python"),
+        ("tflite", "net.tflite", "exported to one of safetensors, pt2, pt2-int8, onnx, onnx-int8, python"),
         ("onnx", "net.pt2", r"must end in \.onnx"),
         ("onnx-int8", "net.onnx", "calibrated on images"),
         ("python", "my-net.py", "the name of one"),

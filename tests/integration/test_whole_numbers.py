@@ -19,27 +19,12 @@ from torch import Tensor, nn
 from ranksearch.deployment import TARGETS, deploy
 from ranksearch.deployment.target import Job
 from ranksearch.errors import ExportError
-from ranksearch.handover import export_trial
-from ranksearch.launch import search
 from ranksearch.rankmap import RankMap, WidthsRecord
-from ranksearch.rounding import ranges, rounding_activations, whole_numbers, widths_of
+from ranksearch.rounding import whole_numbers
 from ranksearch.stages import TiedConv
-from ranksearch.storage import Store
 from ranksearch.surgery import apply_rank_map
-from tests.integration.test_quantised_search import FEW
-from tests.integration.test_search import QUICKSTART
-from tests.maps import rank_map_for
-from tests.networks import SharedNet, SmallNet, small_images, small_net
-
-RANKS: dict[str, tuple[str, tuple[int, ...]]] = {
-    "body.plain": ("tensor-chain", (2, 2, 2)),
-    "body.strided": ("tucker2", (5, 6)),
-    "body.grouped": ("spatial-svd", (3,)),
-    "body.point": ("svd", (9,)),
-    "tokens": ("svd", (3,)),
-}
-FOUR = ("body.strided", "tokens")
-WIDTHS = WidthsRecord(other_bits=8, activation_bits=8, clip="mse")
+from tests.networks import SharedNet, small_images
+from tests.whole import FOUR, Tied, Turned, close, few, job_of, searched, simulated, small
 
 
 def optimised(file: Path) -> onnx.ModelProto:
@@ -80,46 +65,9 @@ def weights_in(file: Path) -> dict[str, tuple[int, np.ndarray, np.ndarray]]:
     }
 
 
-def job_of(network: nn.Module, rank_map: RankMap, images: Tensor) -> Job:
-    names = widths_of(network, {}, 8)
-    clip = (rank_map.widths or WIDTHS).clip
-    known = ranges(network, names, images, clip) if (rank_map.widths or WIDTHS).activation_bits == 8 else {}
-    return Job(rank_map=rank_map, network=network, structure=network, calibration=(images,), ranges=known)
-
-
-def few(name: str, dense: nn.Module, shape: tuple[int, int, int], ranks: Any, widths: WidthsRecord = WIDTHS) -> RankMap:
-    """A map of eight bits, some layers of four."""
-    made = rank_map_for(name, dense, shape, ranks)
-    layers = {n: layer.model_copy(update={"bits": 4 if n in FOUR else 8}) for n, layer in made.layers.items()}
-    return made.model_copy(update={"layers": layers, "widths": widths})
-
-
-def small(widths: WidthsRecord = WIDTHS) -> tuple[nn.Module, RankMap]:
-    dense = small_net()
-    rank_map = few("tests.networks:SmallNet", dense, SmallNet.shape, RANKS, widths)
-    return apply_rank_map(rank_map, dense).eval(), rank_map
-
-
-@torch.no_grad()
-def simulated(network: nn.Module, job: Job, images: Tensor) -> Tensor:
-    with rounding_activations(network, job.ranges or {}):
-        return network(images)  # type: ignore[no-any-return]
-
-
-def close(found: Tensor, wanted: Tensor, plain: Tensor) -> bool:
-    """Whether ``found`` is nearer to the simulation than the network that rounds no activations is; none by chance."""
-    return float((found - wanted).square().mean()) < float((plain - wanted).square().mean())
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankMap]:
-    """The rank map of a search, with its weights beside it, that has layers of four bits."""
-    folder = tmp_path_factory.mktemp("few")
-    settings = [*(one for one in FEW if not one.startswith("budget.trials")), "budget.trials=2"]
-    study = search(QUICKSTART, settings=settings, storage=folder, name="few")
-    trial = study.front_trials()[0]
-    made = export_trial(study, trial, Store(folder), folder / "m.json", weights=folder / "w.safetensors")
-    return folder / "m.json", made
+    return searched(tmp_path_factory.mktemp("few"))
 
 
 def test_a_search_ends_in_its_own_whole_numbers(exported: tuple[Path, RankMap], tmp_path: Path) -> None:
@@ -247,19 +195,6 @@ def test_a_layer_that_runs_more_than_once(tmp_path: Path) -> None:
     assert operators(optimised(tmp_path / "x.onnx"))["QLinearConv"] == 3 + 3 + 1
 
 
-class Turned(nn.Module):
-    """A transposed convolution."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(4, 4, 3)
-        self.up = nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.up(torch.relu(self.first(x))).mean((2, 3))
-        return found
-
-
 def test_transposed_convolutions_have_their_channels_along_another_axis(tmp_path: Path) -> None:
     for groups in (1, 2):
         torch.manual_seed(0)
@@ -304,20 +239,6 @@ def test_a_map_without_widths_goes_to_the_runtimes_own_quantiser(
     kinds = {one.data_type for one in onnx.load(tmp_path / "x.onnx").graph.initializer}
     assert onnx.TensorProto.INT4 not in kinds
     assert onnx.TensorProto.INT8 in kinds
-
-
-class Tied(nn.Module):
-    """Two layers of one weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
-        self.second.weight = self.first.weight
-        self.head = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
-        return found
 
 
 def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:
