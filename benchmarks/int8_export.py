@@ -1,11 +1,12 @@
-"""ResNet-20 on CIFAR-10 in int8: rank maps with widths as ONNX files of whole numbers, in ONNX Runtime; Markdown.
+"""ResNet-20 on CIFAR-10 in int8: rank maps with widths as files of whole numbers, in two runtimes; prints Markdown.
 
 Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.int8_export``, the folder as
 ``search_spaces/resnet20-cifar10.yaml`` describes it. The networks are those of ``benchmarks/few_bits.py``: the
 knapsack's rank maps at half of the MACs, weights of 8 and 4 bits, activations of 8, nothing trained. Each is written as
-``ranksearch apply --to onnx-int8`` and ``--to onnx`` do, and scored on the report images as the search scores it
-(simulated), in int8, and in float32 (the same rounded weights, activations as they are). Latencies are the time that
-the one thread has the processor, which other work beside it lengthens little; files run in turn, the fastest counts.
+``ranksearch apply --to`` does, in int8 (``onnx-int8``, ``pt2-int8``) and in float32 (``onnx``, ``pt2``: the same
+rounded weights, activations as they are), and scored on the report images; what the search scores is the simulation.
+Files of torch run compiled, with freezing. Latencies are the time that the one thread has the processor, which other
+work beside it lengthens little; files run in turn, the fastest counts.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
 import torch
+import torch.ao.quantization.fx._decomposed  # names the operators of whole numbers
+from torch import Tensor
+from torch._inductor import config as inductor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.few_bits import FORMATS, dearest, evaluator
 from ranksearch.data import to_input
-from ranksearch.deployment import deploy
+from ranksearch.deployment import TARGETS, deploy
+from ranksearch.deployment.target import Runner
 from ranksearch.evaluation import Evaluator, layers_of
 from ranksearch.export import save_compressed
 from ranksearch.preparation import versions
@@ -32,6 +39,13 @@ from ranksearch.surgery import count_macs, count_params
 
 RUNS = {1: 300, 64: 40}
 """Images at a time to runs that are timed."""
+WRITTEN = {
+    "onnx": "ONNX Runtime, float32",
+    "onnx-int8": "ONNX Runtime, int8",
+    "pt2": "inductor, float32",
+    "pt2-int8": "inductor, int8",
+}
+"""Format of files to what it is called in the table."""
 
 
 def stored(form: str, bits: int, folder: Path) -> tuple[Evaluator, float, Path]:
@@ -67,64 +81,95 @@ def session(file: Path, optimised: Path | None = None) -> Any:
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def accuracy(file: Path, ours: Evaluator) -> float:
-    """Of a file in ONNX Runtime, on the report images."""
-    runs, report, right = session(file), ours.bench.data.report, 0
+def runner(file: Path) -> Runner:
+    """A file in its runtime, on one thread."""
+    if file.suffix == ".onnx":
+        runs = session(file)
+        return lambda images: torch.from_numpy(runs.run(None, {"images": images.contiguous().numpy()})[0])
+    compiled = torch.compile(torch.export.load(file).module())
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Tensor:
+        with inductor.patch(freezing=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Tensor = compiled(images)
+        return found
+
+    return run
+
+
+def accuracy(run: Runner, ours: Evaluator) -> float:
+    """Of a file, on the report images."""
+    report, right = ours.bench.data.report, 0
     for start in range(0, len(report), 128):
-        images = to_input(report.images[start : start + 128], ours.bench.data).contiguous().numpy()
-        outputs = runs.run(None, {"images": images})[0]
-        right += int((outputs.argmax(1) == report.labels[start : start + 128]).sum())
+        outputs = run(to_input(report.images[start : start + 128], ours.bench.data))
+        right += int((outputs.argmax(1).numpy() == report.labels[start : start + 128]).sum())
     return right / len(report)
 
 
-def fastest(files: list[Path], shape: tuple[int, ...], images: int, runs: int) -> list[float]:
+def fastest(running: list[Runner], shape: tuple[int, ...], images: int, runs: int) -> list[float]:
     """Milliseconds of a run of each file on so many images at a time."""
-    feed = {"images": torch.randn(images, *shape, generator=torch.Generator().manual_seed(0)).numpy()}
-    running = [session(file) for file in files]
-    best = [float("inf")] * len(files)
-    for _ in range(runs):
-        for i, one in enumerate(running):
+    given = torch.randn(images, *shape, generator=torch.Generator().manual_seed(0))
+    best = [float("inf")] * len(running)
+    for i in range(runs + 1):
+        for j, one in enumerate(running):
             started = time.thread_time()
-            one.run(None, feed)
-            best[i] = min(best[i], 1e3 * (time.thread_time() - started))
+            one(given)
+            if i:  # the first may compile
+                best[j] = min(best[j], 1e3 * (time.thread_time() - started))
     return best
 
 
-def in_int8(file: Path, folder: Path) -> str:
-    """Convolutions and products that run in int8, of all, in what ONNX Runtime makes of the file."""
-    session(file, folder / "optimised.onnx")
-    kinds = [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
-    whole = sum(kind in ("QLinearConv", "QGemm") for kind in kinds)
-    return f"{whole} of {whole + sum(kind in ('Conv', 'FusedConv', 'Gemm', 'MatMul') for kind in kinds)}"
+def in_int8(file: Path, run: Runner, shape: tuple[int, ...], folder: Path) -> str:
+    """Convolutions and products that run in int8, of all, in what the runtime makes of the file."""
+    if file.suffix == ".onnx":
+        session(file, folder / "optimised.onnx")
+        kinds = [node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node]
+        whole = {"QLinearConv", "QGemm"}
+        other = {"Conv", "FusedConv", "Gemm", "MatMul"}
+    else:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            run(torch.zeros(2, *shape))
+        kinds = [event.key for event in profiled.key_averages() for _ in range(event.count)]
+        whole = {"onednn::qconv_pointwise", "onednn::qconv2d_pointwise", "onednn::qlinear_pointwise"}
+        other = {"mkldnn::_convolution_pointwise", "aten::mkldnn_convolution", "aten::addmm", "aten::mm"}
+    count = sum(kind in whole for kind in kinds)
+    return f"{count} of {count + sum(kind in other for kind in kinds)}"
 
 
-def row(form: str, bits: int, folder: Path) -> None:
+def rows(form: str, bits: int, folder: Path) -> None:
     """Print one network's accuracies, sizes and latencies."""
     ours, simulated, file = stored(form, bits, folder)
-    files = [folder / "int8.onnx", folder / "float32.onnx"]
-    found = deploy(file, files[0], to="onnx-int8", storage=folder)
-    deploy(file, files[1], to="onnx", storage=folder, images="noise")  # what it computes is scored below
-    scores = " | ".join(f"{100 * value:.2f}" for value in (simulated, *(accuracy(path, ours) for path in files)))
-    agreement = 100 * found.agreement.top1_agreement
-    sizes = " | ".join(f"{path.stat().st_size / 1e3:.0f}" for path in files)
-    times = " | ".join(
-        f"{ms:.2f}" for size in RUNS.items() for ms in fastest(files, ours.bench.data.input_shape, *size)
-    )
-    run = in_int8(files[0], folder)
-    print(f"| {form} | {bits} | {scores} | {agreement:.2f} | {run} | {sizes} | {times} |", flush=True)
+    shape = ours.bench.data.input_shape
+    print(f"| {form} | {bits} | simulated | {100 * simulated:.2f} | | | | | |", flush=True)
+    agreements, files = {}, {}
+    for to in WRITTEN:
+        files[to] = folder / f"{to}{TARGETS[to].suffix}"
+        source = None if to.endswith("int8") else "noise"  # what the others compute is scored below
+        agreements[to] = deploy(file, files[to], to=to, storage=folder, images=source).agreement
+    running = {to: runner(path) for to, path in files.items()}
+    scores = {to: accuracy(run, ours) for to, run in running.items()}
+    times = {size: fastest(list(running.values()), shape, size, runs) for size, runs in RUNS.items()}
+    for i, (to, words) in enumerate(WRITTEN.items()):
+        whole = to.endswith("int8")
+        same = f"{100 * agreements[to].top1_agreement:.2f}" if whole else ""
+        run = in_int8(files[to], running[to], shape, folder) if whole else ""
+        spent = " | ".join(f"{times[size][i]:.2f}" for size in RUNS)
+        size = f"{files[to].stat().st_size / 1e3:.0f}"
+        print(f"| {form} | {bits} | {words} | {100 * scores[to]:.2f} | {same} | {run} | {size} | {spent} |", flush=True)
 
 
 def main() -> None:
     """Build, write, score and print."""
-    print("# Whole numbers in ONNX Runtime\n")
+    print("# Whole numbers in ONNX Runtime and in inductor\n")
     print("`python -m benchmarks.int8_export` says in its first lines what is compared. One seed.\n")
-    head = ["format", "bits of weights", "simulated, %", "int8, %", "float32, %", "same class, %", "run in int8"]
-    head += ["int8, kB", "float32, kB", *(f"{kind}, ms at {size}" for size in RUNS for kind in ("int8", "float32"))]
-    print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
+    head = ["format", "bits of weights", "runs in", "report, %", "same class, %", "layers in int8", "kB"]
+    head += [f"ms at {size}" for size in RUNS]
+    print(f"| {' | '.join(head)} |\n|---|---:|---|{'---:|' * (len(head) - 3)}")
     with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as folder, reproducible(1):
         for form in FORMATS:
             for bits in (8, 4):
-                row(form, bits, Path(folder))
+                rows(form, bits, Path(folder))
     print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
     print(", ".join(f"{name} {value}" for name, value in versions().items()), end="")
     print(f", onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}.")

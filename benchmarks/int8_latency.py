@@ -1,9 +1,10 @@
-"""How long a wide network takes in int8 and in float32 in ONNX Runtime, dense and compressed; prints Markdown.
+"""How long a wide network takes in int8 and in float32, in ONNX Runtime and inductor, dense and compressed; Markdown.
 
 Run from the root of the repository: ``python -m benchmarks.int8_latency``, on an otherwise idle machine. ResNet-18 at
 224 x 224 with random weights, calibrated on random images: latencies depend on neither, accuracies are not asked for.
 Dense, and in uniform Tucker-2 and spatial SVD at no more than half of the MACs, ranks in multiples of eight, each
-written as ``ranksearch apply --to onnx`` and ``--to onnx-int8`` do. One thread; files run in turn, the fastest counts.
+written as ``ranksearch apply --to`` ``onnx``, ``onnx-int8``, ``pt2`` and ``pt2-int8`` do; files of torch run compiled,
+with freezing. One thread; files run in turn, the fastest counts.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.int8_export import fastest
+from benchmarks.int8_export import WRITTEN, fastest, runner
 from benchmarks.latency_prediction import table_of
-from ranksearch.deployment import deploy
+from ranksearch.deployment import TARGETS, deploy
 from ranksearch.factors import threads
 from ranksearch.models.resnet import resnet18
 from ranksearch.preparation import versions
@@ -36,6 +37,7 @@ SHARE, IMAGES = 0.5, 64
 FORMS = ("tucker2", "spatial-svd")
 RUNS = {1: 30, 16: 6}
 """Images at a time to runs that are timed."""
+GAINS = ("ONNX Runtime, float32 / int8", "inductor, float32 / int8", "fastest dense float32 / fastest int8")
 
 
 def noise(folder: Path) -> Path:
@@ -67,13 +69,13 @@ def map_of(table: PriceTable, form: str | None) -> RankMap:
 
 
 def written(rank_map: RankMap, model: nn.Module, images: Path, folder: Path) -> list[Path]:
-    """The files in float32 and in int8."""
+    """The files, in the order of ``WRITTEN``."""
     stored, dense = folder / "map.json", folder / "dense.safetensors"
     rank_map.save(stored)
     save_file(model.state_dict(), dense)
-    files = [folder / "float32.onnx", folder / "int8.onnx"]
-    for file, to in zip(files, ("onnx", "onnx-int8"), strict=True):
-        source = "noise" if to == "onnx" else str(images)
+    files = [folder / f"{to}{TARGETS[to].suffix}" for to in WRITTEN]
+    for file, to in zip(files, WRITTEN, strict=True):
+        source = str(images) if to.endswith("int8") else "noise"
         deploy(stored, file, to=to, images=source, model="resnet18", weights=dense, storage=folder)
     return files
 
@@ -85,23 +87,25 @@ def main() -> None:
     table = table_of(model, SHAPE, 8)
     print("# Int8 in a wide network\n")
     print("`python -m benchmarks.int8_latency` says in its first lines what is timed: ResNet-18 at 224, one thread.\n")
-    print("| network | MACs | images | float32, ms | int8, ms | float32 / int8 | dense float32 / int8 |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    base: dict[int, float] = {}
+    head = ["network", "MACs", "images", *(f"{words}, ms" for words in WRITTEN.values()), *GAINS]
+    print(f"| {' | '.join(head)} |\n|---|{'---:|' * (len(head) - 1)}")
+    base: dict[int, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as name, threads(1):
         images = noise(Path(name))
         for form in (None, *FORMS):
             folder = Path(name) / (form or "dense")
             folder.mkdir()
             rank_map = map_of(table, form)
-            files = written(rank_map, model, images, folder)
+            running = [runner(file) for file in written(rank_map, model, images, folder)]
             for batch, runs in RUNS.items():
-                plain, whole = fastest(files, SHAPE, batch, runs)
-                share = rank_map.macs / rank_map.dense_macs
-                ratios = f"{plain / whole:.2f} | {base.setdefault(batch, plain) / whole:.2f}"
-                print(
-                    f"| {form or 'dense'} | {share:.3f} | {batch} | {plain:.1f} | {whole:.1f} | {ratios} |", flush=True
-                )
+                taken = fastest(running, SHAPE, batch, runs)
+                dense = base.setdefault(batch, taken)
+                row = [form or "dense", f"{rank_map.macs / rank_map.dense_macs:.3f}", str(batch)]
+                row += [*(f"{ms:.1f}" for ms in taken)]
+                row += [f"{taken[i] / taken[i + 1]:.2f}" for i in (0, 2)] + [
+                    f"{min(dense[::2]) / min(taken[1::2]):.2f}"
+                ]
+                print(f"| {' | '.join(row)} |", flush=True)
     print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
     print(", ".join(f"{name} {value}" for name, value in versions().items()), end="")
     print(f", onnxruntime {onnxruntime.__version__}.")

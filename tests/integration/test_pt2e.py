@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,6 +29,10 @@ from tests.networks import SharedNet, small_images
 from tests.whole import FOUR, Tied, Turned, close, few, job_of, searched, simulated, small
 
 TO = "pt2-int8"
+COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))),
+    reason="needs a C++ compiler: torch.compile makes kernels with it",
+)
 ALONE = """
 import sys, torch, torch.ao.quantization.fx._decomposed
 assert not {"ranksearch", "torchao"} & set(sys.modules)
@@ -68,6 +73,7 @@ def roundings(file: Path) -> list[tuple[float, int]]:
     ]
 
 
+@COMPILER
 def test_a_search_ends_in_its_own_whole_numbers(exported: tuple[Path, RankMap], tmp_path: Path) -> None:
     file, rank_map = exported
     target = tmp_path / "few.pt2"
@@ -138,6 +144,7 @@ def test_it_runs_where_only_torch_is(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE, file, tmp_path / "x.pt"], check=True, timeout=300)
 
 
+@COMPILER
 @pytest.mark.slow
 def test_compiled_it_computes_in_int8(tmp_path: Path) -> None:
     """Strided, dilated, grouped, depthwise, tied, behind a skip, and linear layers: all have kernels in int8."""
@@ -273,6 +280,7 @@ def test_without_torchao_it_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
+@COMPILER
 def test_a_map_without_widths_gets_eight_bits(exported: tuple[Path, RankMap], tmp_path: Path) -> None:
     file, rank_map = exported
     plain = file.parent / "plain.json"
