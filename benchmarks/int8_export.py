@@ -128,8 +128,10 @@ def in_int8(file: Path, run: Runner, shape: tuple[int, ...], folder: Path) -> st
         whole = {"QLinearConv", "QGemm"}
         other = {"Conv", "FusedConv", "Gemm", "MatMul"}
     else:
+        images = torch.zeros(2, *shape)
+        run(images)  # it may compile
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            run(torch.zeros(2, *shape))
+            run(images)
         kinds = [event.key for event in profiled.key_averages() for _ in range(event.count)]
         whole = {"onednn::qconv_pointwise", "onednn::qconv2d_pointwise", "onednn::qlinear_pointwise"}
         other = {"mkldnn::_convolution_pointwise", "aten::mkldnn_convolution", "aten::addmm", "aten::mm"}

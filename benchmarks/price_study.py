@@ -7,8 +7,9 @@ Rank maps of ResNet-20, ``tucker2`` and ``spatial-svd`` together, as many at eac
 the predicted error, every layer's (and every format's) error multiplied by a random factor. Half of them with small
 factors, good allocations that differ; half with large ones, which come close to allocations at random. Each is scored
 on 2,500 search images after more and more work: factors alone; batch norms recalibrated; sequential regression as
-a search does it; that and a brief training. What all are compared with is the accuracy on the 2,500 report images
-after a longer training. Prices are sums over the layers, measured on 256 calibration images, one layer alone changed.
+a search does it; that and a brief training; and as slices of one network that was trained for all ranks
+(``benchmarks/nested_ranks.py``). What all are compared with is the accuracy on the 2,500 report images after a longer
+training. Prices are sums over the layers, measured on 256 calibration images, one layer alone changed.
 
 Spearman's correlation is taken within each budget, where all rank maps have nearly the same MACs, and averaged over the
 budgets; the range is that of the averages over 2,000 bootstrap samples of the rank maps (5 to 95 %).
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks.nested_ranks import Nested
 from ranksearch import load_space
 from ranksearch.data import to_input
 from ranksearch.evaluation import Bench, Evaluator
@@ -56,20 +58,25 @@ Prices = Mapping[str, Sequence[Sequence[float]]]
 """Price to layer to candidate to value."""
 
 
+def tilted_front(table: PriceTable, spread: float, generator: np.random.Generator) -> Sequence[tuple[int, ...]]:
+    """The knapsack's rank maps where every layer's and format's predicted error is multiplied by a random factor."""
+    tilted = []
+    for layer, own in zip(table.layers, layer_losses(table, PREDICTED), strict=True):
+        factor = {c.format: np.exp(spread * generator.standard_normal()) for c in layer.candidates}
+        tilted.append([float(e * factor[c.format]) for e, c in zip(own, layer.candidates, strict=True)])
+    return predicted_front(layer_costs(table, "macs"), tilted)
+
+
 def rank_maps(table: PriceTable) -> Iterator[tuple[float, tuple[int, ...]]]:
     """Budgets and choices, all different."""
     generator = np.random.default_rng(0)
-    costs, losses = layer_costs(table, "macs"), layer_losses(table, PREDICTED)
     seen: set[tuple[int, ...]] = set()
     for budget in BUDGETS:
         made = 0
         while made < MAPS:
             spread = SPREADS[made % len(SPREADS)]
-            tilted = []
-            for layer, own in zip(table.layers, losses, strict=True):
-                factor = {c.format: np.exp(spread * generator.standard_normal()) for c in layer.candidates}
-                tilted.append([float(e * factor[c.format]) for e, c in zip(own, layer.candidates, strict=True)])
-            within = [m for m in predicted_front(costs, tilted) if table.macs_ratio(m) <= budget]
+            front = tilted_front(table, spread, generator)
+            within = [m for m in front if table.macs_ratio(m) <= budget]
             choices = max(within, key=table.macs)
             if choices not in seen:
                 seen.add(choices)
@@ -142,6 +149,26 @@ def evaluate(bench: Bench, path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+def slices(bench: Bench, rows: Sequence[dict[str, Any]]) -> float:
+    """Add to the rows their accuracy as slices of a network of all ranks; returns the seconds that this one took."""
+    started, generator = time.perf_counter(), np.random.default_rng(1)
+
+    def drawn() -> tuple[int, ...]:
+        front = tilted_front(bench.table, SPREADS[generator.integers(len(SPREADS))], generator)
+        budget = generator.uniform(min(BUDGETS), max(BUDGETS))
+        return max((m for m in front if bench.table.macs_ratio(m) <= budget), key=bench.table.macs)
+
+    nested = Nested(Evaluator(bench))
+    plain = tilted_front(bench.table, 0.0, generator)
+    nested.train(max((m for m in plain if bench.table.macs_ratio(m) <= min(BUDGETS)), key=bench.table.macs), drawn)
+    trained = time.perf_counter() - started
+    for row in rows:
+        begun = time.perf_counter()
+        row["slices"] = nested.accuracy(tuple(row["choices"]))
+        row["slices, seconds"] = time.perf_counter() - begun
+    return trained
+
+
 def correlation(rows: Sequence[Mapping[str, Any]], key: str, sign: float) -> float:
     """Mean over the budgets of Spearman's correlation with the accuracy after the longer training."""
     found = []
@@ -149,6 +176,11 @@ def correlation(rows: Sequence[Mapping[str, Any]], key: str, sign: float) -> flo
         ours = [row for row in rows if row["budget"] == budget]
         found.append(spearmanr([sign * row[key] for row in ours], [row["long"] for row in ours]).statistic)
     return float(np.nanmean(found))
+
+
+def mean(rows: Sequence[Mapping[str, Any]], key: str, budget: float) -> str:
+    """The mean of an accuracy at one budget, in per cent."""
+    return f"{100 * np.mean([row[key] for row in rows if row['budget'] == budget]):.1f}"
 
 
 def resampled(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
@@ -169,7 +201,8 @@ def main() -> None:
         bench, prices = prepared(Path(folder))
         pricing = time.process_time() - started
         evaluate(bench, arguments.results)
-    rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+        trained = slices(bench, rows)
     for row in rows:
         for price, losses in prices.items():
             row[price] = sum(own[i] for own, i in zip(losses, row["choices"], strict=True))
@@ -182,7 +215,8 @@ def main() -> None:
         print(
             f"At {budget:.2f} it ends between {min(ours):.1f} and {max(ours):.1f} %, {np.mean(ours):.1f} % on average."
         )
-    print("\n| | needs | Spearman | 5 to 95 % | seconds a rank map |\n|---|---|---:|---:|---:|")
+    means = " | ".join(f"mean at {budget:.2f}, %" for budget in BUDGETS)
+    print(f"\n| | needs | Spearman | 5 to 95 % | {means} | seconds a rank map |\n|---|---|---:|---:|{'---:|' * 4}")
     samples = list(resampled(rows))
     table: list[tuple[str, str, float, str | None]]
     table = [(price, "labels" if price in ("loss", "drop") else "images", -1.0, None) for price in prices]
@@ -191,14 +225,16 @@ def main() -> None:
         ("measured divergence", "the network", -1.0, "regression"),
         ("measured loss", "the network", -1.0, "regression"),
     ]
-    ways = ("factors alone", "recalibrated", "regression", f"regression, {BRIEF} steps")
+    ways = ("factors alone", "recalibrated", "regression", f"regression, {BRIEF} steps", "slices")
     table += [(way, "the network", 1.0, way) for way in ways]
     found = [(correlation(rows, key, sign), key, needs, sign, way) for key, needs, sign, way in table]
     for value, key, needs, sign, way in sorted(found, key=lambda row: -row[0]):
         low, high = np.quantile([correlation(sample, key, sign) for sample in samples], [0.05, 0.95])
         seconds = f"{np.median([row[f'{way}, seconds'] for row in rows]):.1f}" if way else ""
-        print(f"| {key} | {needs} | {value:.2f} | {low:.2f} to {high:.2f} | {seconds} |")
-    print(f"\nAll prices took {pricing:.0f} processor seconds, decompositions and statistics with them.\n")
+        shown = " | ".join(mean(rows, key, budget) if key in ways else "" for budget in BUDGETS)
+        print(f"| {key} | {needs} | {value:.2f} | {low:.2f} to {high:.2f} | {shown} | {seconds} |")
+    print(f"\nThe network of all ranks took {trained:.0f} s to train.")
+    print(f"All prices took {pricing:.0f} processor seconds, decompositions and statistics with them.\n")
     print(f"Machine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
     print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
 
