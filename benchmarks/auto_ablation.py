@@ -115,12 +115,10 @@ def searched(name: str, strategy: str, part: AbstractContextManager[None], seed:
         "tracking.enabled=false",
     ]
     store = Store(storage)
-    if (
-        name in store.names()
-        and len(found := store.open(name).trials()) >= TRIALS
-        and all(trial.state != "RUNNING" for trial in found)
-    ):
-        return store.open(name)
+    if name in store.names():
+        found = store.open(name)
+        if sum(trial.state != "RUNNING" for trial in found.trials()) >= TRIALS:
+            return found
     with part:
         return search(SPACE, settings=settings, storage=storage, name=name)
 
