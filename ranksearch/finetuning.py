@@ -288,6 +288,7 @@ def _trained(
     if crew is None:
         model = training.run(progress=progress, watch=grown)
     else:
+        notify("waiting for the workers", 0, 1)  # on a busy cluster as long as others have its CPUs
         model = run_together(crew, start, training, progress=progress, watch=grown)
     round_for_good(model)
     return model

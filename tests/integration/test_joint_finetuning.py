@@ -79,7 +79,16 @@ def test_two_workers_train_as_one_does(rank_map: Path, tmp_path: Path, cluster: 
     """Batches of 31 images are split into 15 and 16; frozen batch norms see the same whatever the share."""
     spec = FineTuneSpec(epochs=2, batch_images=31, **{**SGD, "batch_norm": "frozen", "learning_rate": 0.01})
     one = finetune(rank_map, tmp_path / "one.json", spec=spec, ema_decay=0.9, threads=1)
-    two = finetune(rank_map, tmp_path / "two.json", spec=spec, ema_decay=0.9, workers=Workers(count=2, address=cluster))
+    said: list[str] = []
+    two = finetune(
+        rank_map,
+        tmp_path / "two.json",
+        spec=spec,
+        ema_decay=0.9,
+        workers=Workers(count=2, address=cluster),
+        notify=lambda what, done, total: said.append(what),
+    )
+    assert said.index("waiting for the workers") < said.index("fine-tuning the compressed network")
     for ours, theirs in zip(two.curves["compressed"], one.curves["compressed"], strict=True):
         assert (ours.epoch, ours.steps) == (theirs.epoch, theirs.steps)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
