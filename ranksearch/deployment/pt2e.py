@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from ranksearch.deployment.portable import save_program
 from ranksearch.deployment.target import Job, Runner, Target, graph_of
@@ -61,7 +62,12 @@ def _quantised(
 
         from ranksearch.deployment.annotation import Known
 
-        found: nn.Module = convert_pt2e(prepare_pt2e(program.module(), Known(model, bits, known)))
+        found: GraphModule = convert_pt2e(prepare_pt2e(program.module(), Known(model, bits, known)))
+    # Beside the whole numbers there are still the weights that they have been made of.
+    used = {node.target for node in found.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in (*found.named_parameters(), *found.named_buffers()) if name not in used]:
+        owner, _, own = name.rpartition(".")
+        delattr(found.get_submodule(owner), own)
     return found
 
 

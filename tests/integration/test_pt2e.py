@@ -65,6 +65,11 @@ def weights_in(file: Path) -> list[Tensor]:
     return [one for one in held if isinstance(one, Tensor) and one.dtype == torch.int8]
 
 
+def kernels_in(file: Path) -> list[Tensor]:
+    """The weights of layers in float32."""
+    return [one for one in torch.export.load(file).state_dict.values() if one.ndim > 1 and one.is_floating_point()]
+
+
 def roundings(file: Path) -> list[tuple[float, int]]:
     """Scale and zero point of everything that is rounded as the network runs."""
     nodes = torch.export.load(file).graph.nodes
@@ -121,6 +126,7 @@ def test_it_rounds_where_and_as_the_simulation_does(tmp_path: Path) -> None:
     assert float((apart < 1e-5).double().mean()) > 0.5
     weights = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear | TiedConv)]
     assert len(weights_in(file)) == len(weights)
+    assert not kernels_in(file)
     fours = [n for n, m in network.named_modules() if n.rpartition(".")[0] in FOUR and hasattr(m, "weight")]
     assert sum(int(one.abs().max()) <= 7 for one in weights_in(file)) == len(fours)
 
