@@ -74,7 +74,7 @@ def _quantised(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what libraries say of themselves: kernels for GPUs that are not here, what torch will drop one day."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "root")]
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
