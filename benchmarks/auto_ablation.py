@@ -60,15 +60,14 @@ def without_targets_learned() -> Iterator[None]:
 
 
 @contextmanager
-def hypervolume_anywhere() -> Iterator[None]:
-    """What is cheaper than every target counts like anything else."""
-    whole = learned.LearnedPrices.best
+def nothing_beneath() -> Iterator[None]:
+    """What has fewer MACs than every target is worth no more than if it had as many."""
+    whole = learned.LearnedPrices._cost
 
-    def best(self: learned.LearnedPrices, weights: Any, known: Any, *, target: Any, least: float) -> Any:
-        del least
-        return whole(self, weights, known, target=target)
+    def cost(self: learned.LearnedPrices, maps: Any) -> Any:
+        return np.maximum(whole(self, maps), min(TARGETS))
 
-    with patch.object(learned.LearnedPrices, "best", best):
+    with patch.object(learned.LearnedPrices, "_cost", cost):
         yield
 
 
@@ -95,7 +94,7 @@ def without_draws() -> Iterator[None]:
 VARIANTS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "auto": ("auto", nullcontext),
     "no learning: the knapsack's front": ("knapsack", nullcontext),
-    "hypervolume beneath the targets, too": ("auto", hypervolume_anywhere),
+    "nothing beneath the targets": ("auto", nothing_beneath),
     "no rank maps of energy to begin with": ("auto", without_energy),
     "no predicted error beside the price": ("auto", without_error),
     "no draws: the mean of what is learned": ("auto", without_draws),

@@ -194,13 +194,12 @@ class LearnedPrices:
         return found
 
     def best(
-        self, weights: Floats, known: set[Choices], *, target: float | None = None, least: float = 0.0
+        self, weights: Floats, known: set[Choices], *, target: float | None = None
     ) -> tuple[Choices, float] | None:
         """Of the front under these weights the new rank map that adds most hypervolume; None where all are known.
 
         With a ``target``, a share of the MACs, it is the dearest within that. With it goes what all of them would add,
-        as a share of the hypervolume that there is: what the trials to come would gain, were these the weights. What
-        costs less than ``least``, a share of the dense cost, is worth no more than if it cost that.
+        as a share of the hypervolume that there is: what the trials to come would gain, were these the weights.
         """
         added = self.weighted(weights)
         new = self._rows([c for c in predicted_front(self.prices.costs, added) if c not in known])
@@ -213,10 +212,8 @@ class LearnedPrices:
         running = self._rows(self.running)
         expected = zip(self._cost(running).tolist(), self._totals(running, losses).tolist(), strict=True)
         seen = [point for point, _ in self.front] + [(cost, weights[0] + loss) for cost, loss in expected]
-        seen = [(max(cost, least), loss) for cost, loss in seen]
         front = np.array([seen[i] for i in non_dominated(seen)]).reshape(-1, 2)
-        costs = np.maximum(self._cost(new), least)
-        points = np.column_stack([costs, self.quality.shown(weights[0] + self._totals(new, losses))])
+        points = np.column_stack([self._cost(new), self.quality.shown(weights[0] + self._totals(new, losses))])
         front[:, 1] = self.quality.shown(front[:, 1])
         reference = np.array([1.0, self.quality.worst(self.losses)])
         there = area(front, reference)
