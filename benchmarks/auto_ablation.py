@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from ranksearch.launch import search
+from ranksearch.launch import resume, search
 from ranksearch.preparation import versions
 from ranksearch.storage import Store
 from ranksearch.strategies import auto, learned
@@ -118,6 +118,8 @@ def searched(name: str, strategy: str, part: AbstractContextManager[None], seed:
         found = store.open(name)
         if sum(trial.state != "RUNNING" for trial in found.trials()) >= TRIALS:
             return found
+        with part:
+            return resume(name, storage=storage)
     with part:
         return search(SPACE, settings=settings, storage=storage, name=name)
 
@@ -159,7 +161,7 @@ def main() -> None:
     print(
         "# What each part of auto brings\n\n`python -m benchmarks.auto_ablation` says in its first lines what is done:"
     )
-    print(f"done: {TRIALS} trials of each of {arguments.seeds} seeds; mean and half the range.\n")
+    print(f"done. {TRIALS} trials of each of {arguments.seeds} seeds; mean and half the range.\n")
     print(f"| | {' | '.join(f'{target:.2f}' for target in TARGETS)} | hypervolume |\n|---|{'---:|' * 5}")
     for words, studies in found.items():
         print(row(words, studies))

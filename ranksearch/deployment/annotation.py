@@ -21,14 +21,11 @@ from torchao.quantization.pt2e.quantizer import (
 
 from ranksearch.deployment.whole import no_own_weights, whole_weights
 from ranksearch.rounding import Range
-from ranksearch.stages import turned_groups
 from ranksearch.table import FLOAT_BITS
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = (
-    *(_aten.conv1d, _aten.conv2d, _aten.conv3d),
-    *(_aten.conv_transpose1d, _aten.conv_transpose2d, _aten.conv_transpose3d),
-)
+_CONVOLUTIONS = _aten.conv1d, _aten.conv2d, _aten.conv3d
+_TRANSPOSED = _aten.conv_transpose1d, _aten.conv_transpose2d, _aten.conv_transpose3d
 _INSTEAD = "pt2"
 
 
@@ -46,10 +43,14 @@ class Known(Quantizer):  # type: ignore[misc]  # torchao has no types
         self._model, self._bits, self._known = model, bits, known
 
     def annotate(self, graph: GraphModule) -> GraphModule:
-        """Annotate the graph in place; raises :class:`ExportError` where a layer's weights are not in it."""
+        """Annotate the graph in place.
+
+        Raises:
+            ExportError: the weights of a layer with a range are not in it.
+        """
         found: dict[str, list[Node]] = {}
         for node in graph.graph.nodes:
-            if getattr(node.target, "overloadpacket", None) in (*_CONVOLUTIONS, _aten.linear):
+            if getattr(node.target, "overloadpacket", None) in (*_CONVOLUTIONS, *_TRANSPOSED, _aten.linear):
                 found.setdefault(str(node.args[1].target).removesuffix(".weight"), []).append(node)
         for name, width in self._bits.items():
             if name not in found and name in self._known:
@@ -78,7 +79,7 @@ class Known(Quantizer):  # type: ignore[misc]  # torchao has no types
                 quant_min=-127,
                 quant_max=127,
                 qscheme=torch.per_channel_symmetric,
-                ch_axis=1 if turned_groups(module) else 0,
+                ch_axis=0,
             )
         node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=taken, _annotated=True)
 
@@ -89,10 +90,44 @@ class Known(Quantizer):  # type: ignore[misc]  # torchao has no types
 def _has_kernel(node: Any) -> bool:
     """Whether inductor can be given whole numbers for the weights of a layer.
 
-    Of an input of one channel, for any number of images, it takes a layout that its int8 kernel does not use. Such a
-    convolution has rounded inputs and rounded weights, but computes in float32.
+    Others have rounded inputs and rounded weights, but compute in float32: it would run a transposed convolution as a
+    plain one; and of an input of one channel, for any number of images, it takes a layout that its int8 kernel does not
+    use.
     """
-    return node.target.overloadpacket not in _CONVOLUTIONS or node.args[0].meta["val"].shape[1] > 1
+    kind = node.target.overloadpacket
+    return kind is _aten.linear or (kind in _CONVOLUTIONS and node.args[0].meta["val"].shape[1] > 1)
+
+
+def norms_apart(graph: GraphModule) -> None:
+    """Write every batch norm as a product and a sum, in place.
+
+    PT2E would fold one into the layer before it, whose steps are then others, and whatever else takes its outputs.
+    """
+    for number, node in enumerate(list(graph.graph.nodes)):
+        if node.op != "call_function" or node.target != _aten.batch_norm.default:
+            continue
+        x, weight, bias, mean, variance, of_batch, _, eps, *_ = node.args
+        if of_batch:
+            continue
+        held = [None if one is None else _tensor(graph, one) for one in (weight, bias, mean, variance)]
+        scale = (held[3] + eps).rsqrt() * (1 if held[0] is None else held[0])
+        shift = (0 if held[1] is None else held[1]) - held[2] * scale
+        shape = [-1] + [1] * (x.meta["val"].ndim - 2)
+        with graph.graph.inserting_before(node):
+            for what, operator, value in (("scale", _aten.mul.Tensor, scale), ("shift", _aten.add.Tensor, shift)):
+                name = f"_norm_{what}_{number}"
+                graph.register_buffer(name, value.detach().reshape(shape))
+                x = graph.graph.call_function(operator, (x, graph.graph.get_attr(name)))
+                x.meta = dict(node.meta)
+        node.replace_all_uses_with(x)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _tensor(graph: GraphModule, node: Node) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    found: Tensor = getattr(graph.get_submodule(owner), name)
+    return found
 
 
 class _PerChannelStep(ObserverBase):  # type: ignore[misc]  # torchao has no types

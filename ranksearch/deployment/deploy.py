@@ -314,6 +314,8 @@ def _runner(target: Target, job: Job, path: Path) -> Runner:
 def _outputs(run: Runner, images: Tensor, like: Tensor, path: Path) -> Tensor:
     try:
         found = run(images)
+    except RanksearchError:
+        raise
     except Exception as error:  # whatever the library of a format raises
         raise ExportError(
             f"an export must run on images of shape {tuple(images.shape)}, {path.name} does not: {first_line(error)}. "

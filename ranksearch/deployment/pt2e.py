@@ -3,7 +3,7 @@
 torchao's PT2E quantisation sets pairs of quantize and dequantize around convolutions and linear layers, at the steps
 and in the ranges that it is given here. Such a file runs in torch alone. ``torch.compile`` with freezing makes int8
 kernels of it (oneDNN's, on CPUs); biases and the sums of skips stay in float32. Weights of four bits take eight: the
-kernels have no fewer.
+kernels have no fewer. Transposed convolutions, and those of one input channel, compute in float32 with rounded weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,11 @@ def _quantised(
     with _quiet(), torch.no_grad():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-        from ranksearch.deployment.annotation import Known
+        from ranksearch.deployment.annotation import Known, norms_apart
 
-        found: GraphModule = convert_pt2e(prepare_pt2e(program.module(), Known(model, bits, known)))
+        plain: Any = program.module()
+        norms_apart(plain)
+        found: GraphModule = convert_pt2e(prepare_pt2e(plain, Known(model, bits, known)))
     # Beside the whole numbers there are still the weights that they have been made of.
     used = {node.target for node in found.graph.nodes if node.op == "get_attr"}
     for name in [name for name, _ in (*found.named_parameters(), *found.named_buffers()) if name not in used]:
@@ -89,15 +92,30 @@ def _quiet() -> Iterator[None]:
 
 def _read(job: Job, path: Path) -> Runner:
     with _quiet():
-        import torch.ao.quantization.fx._decomposed
+        import torch.ao.quantization.fx._decomposed  # names the operators
         from torch._inductor import config as inductor
+        from torch._inductor.exc import InvalidCxxCompiler
 
         compiled = torch.compile(torch.export.load(path).module())
+    seen: set[torch.Size] = set()
 
     @torch.no_grad()
     def run(images: Tensor) -> Tensor:
-        with _quiet(), inductor.patch(freezing=True):
-            found: Tensor = compiled(images)
+        found: Tensor
+        if images.shape in seen:
+            found = compiled(images)
+            return found
+        try:
+            with _quiet(), inductor.patch(freezing=True):  # it may be compiled
+                found = compiled(images)
+        except Exception as error:
+            if InvalidCxxCompiler.__name__ in str(error):
+                raise ExportError(
+                    "a pt2-int8 export is compiled as it is read back, which needs a C++ compiler, found none. Install "
+                    "one, g++ or clang++, or use `--to onnx-int8`. No file was left."
+                ) from error
+            raise
+        seen.add(images.shape)
         return found
 
     return run

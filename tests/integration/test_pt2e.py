@@ -207,20 +207,68 @@ def test_a_layer_that_runs_more_than_once(tmp_path: Path) -> None:
         assert close(run(written(job, tmp_path), images), simulated(network, job, images), network(images))
 
 
+@COMPILER
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
-def test_transposed_convolutions_have_their_channels_along_another_axis(groups: int, tmp_path: Path) -> None:
+def test_transposed_convolutions_compute_in_float32(groups: int, tmp_path: Path) -> None:
+    """With rounded inputs and rounded weights; the compiler would run one as a plain convolution."""
     torch.manual_seed(0)
     dense = Turned(groups).eval()
     rank_map = few("turned", dense, (4, 6, 6), {"first": ("tucker2", (3, 3))})
     network = apply_rank_map(rank_map, dense).eval()
     images = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(0))
     job = job_of(network, rank_map, images)
-    if groups == 2:
-        with pytest.raises(ExportError, match=r"transposed convolution up has 2 groups. Use `--to pt2`"):
-            written(job, tmp_path)
-        return
+    file = written(job, tmp_path)
+    assert (len(weights_in(file)), len(kernels_in(file))) == (3, 1)
     with torch.no_grad():
-        assert close(run(written(job, tmp_path), images), simulated(network, job, images), network(images))
+        for found in (run(file, images), TARGETS[TO].read(job, file)(images)):
+            assert close(found, simulated(network, job, images), network(images))
+
+
+class Branching(nn.Module):
+    """A norm that cannot be folded: what goes into it goes on beside it, too; and one that has its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 5, 3)
+        self.norm, self.act = nn.BatchNorm2d(6), NormAct(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.second(torch.relu(self.norm(x)))
+        found: Tensor = self.act(self.third(x)).mean((2, 3))
+        return found
+
+
+class NormAct(nn.BatchNorm2d):
+    """As some networks have it, with its activation inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normed, and what is positive of it."""
+        return torch.relu(super().forward(x))
+
+
+def test_norms_that_are_not_folded_stay_beside_their_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = Branching()
+    with torch.no_grad():
+        for norm in (dense.norm, dense.act):
+            for one in (norm.weight, norm.running_var):
+                one.uniform_(0.2, 3.0)  # type: ignore[union-attr]
+            for one in (norm.bias, norm.running_mean):
+                one.normal_()  # type: ignore[union-attr]
+    dense = dense.eval()
+    rank_map = few("branching", dense, (4, 8, 8), {"second": ("tucker2", (3, 3))})
+    network = apply_rank_map(rank_map, dense).eval()
+    images = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    job = job_of(network, rank_map, images)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in job.folded.model.modules()) >= 1
+    file = written(job, tmp_path)
+    assert len(weights_in(file)) == 5
+    wanted = simulated(network, job, images)
+    with torch.no_grad():
+        assert close(run(file, images), wanted, network(images))
+    assert float(((run(file, images) - wanted).abs().amax(1) < 1e-5).double().mean()) > 0.5
 
 
 class Same(nn.Module):
@@ -284,6 +332,20 @@ def test_without_torchao_it_says_what_to_install(
     with pytest.raises(ExportError, match=r"needs torchao.*pip install 'ranksearch\[torchao\]'"):
         deploy(exported[0], tmp_path / "x.pt2", to=TO, storage=exported[0].parent)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler_it_says_what_to_install(
+    exported: tuple[Path, RankMap], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with (
+        inductor.patch({"cpp.cxx": (None, str(tmp_path / "none"))}),
+        pytest.raises(ExportError, match=r"needs a C\+\+ compiler, found none. Install one"),
+    ):
+        deploy(exported[0], tmp_path / "x.pt2", to=TO, storage=exported[0].parent)
+    assert not list(tmp_path.glob("x.*"))
 
 
 @COMPILER
