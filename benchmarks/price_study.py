@@ -9,7 +9,8 @@ factors, good allocations that differ; half with large ones, which come close to
 on 2,500 search images after more and more work: factors alone; batch norms recalibrated; sequential regression as
 a search does it; that and a brief training; and as slices of one network that was trained for all ranks
 (``benchmarks/nested_ranks.py``). What all are compared with is the accuracy on the 2,500 report images after a longer
-training. Prices are sums over the layers, measured on 256 calibration images, one layer alone changed.
+training. Prices are sums over the layers, measured on 256 calibration images, one layer alone changed; "and predicted":
+added to the predicted error, both divided by their means.
 
 Spearman's correlation is taken within each budget, where all rank maps have nearly the same MACs, and averaged over the
 budgets; the range is that of the averages over 2,000 bootstrap samples of the rank maps (5 to 95 %).
@@ -206,6 +207,10 @@ def main() -> None:
     for row in rows:
         for price, losses in prices.items():
             row[price] = sum(own[i] for own, i in zip(losses, row["choices"], strict=True))
+    for price in PRICES:
+        whole = {one: np.mean([row[one] for row in rows]) for one in (price, PREDICTED)}
+        for row in rows:
+            row[f"{price} and {PREDICTED}"] = sum(row[one] / each for one, each in whole.items())
     print(
         "# Which price predicts\n\nPrinted by `python -m benchmarks.price_study`, whose first lines say what is done.\n"
     )
@@ -221,6 +226,7 @@ def main() -> None:
     table: list[tuple[str, str, float, str | None]]
     table = [(price, "labels" if price in ("loss", "drop") else "images", -1.0, None) for price in prices]
     table[0] = (PREDICTED, "factors", -1.0, None)
+    table += [(f"{price} and {PREDICTED}", needs, -1.0, None) for price, needs, _, _ in table[1:]]
     table += [
         ("measured divergence", "the network", -1.0, "regression"),
         ("measured loss", "the network", -1.0, "regression"),
