@@ -91,22 +91,28 @@ def without_draws() -> Iterator[None]:
         yield
 
 
-VARIANTS: dict[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
-    "auto": ("auto", nullcontext),
-    "no learning: the knapsack's front": ("knapsack", nullcontext),
-    "nothing beneath the targets": ("auto", nothing_beneath),
-    "no rank maps of energy to begin with": ("auto", without_energy),
-    "no predicted error beside the price": ("auto", without_error),
-    "no draws: the mean of what is learned": ("auto", without_draws),
-    "no targets after the first proposals": ("auto", without_targets_learned),
+PRICE = auto.PRICE
+VARIANTS: dict[str, tuple[str, str, Callable[[], AbstractContextManager[None]]]] = {
+    "auto": ("auto", PRICE, nullcontext),
+    "no learning: the knapsack's front": ("knapsack", PRICE, nullcontext),
+    "nothing beneath the targets": ("auto", PRICE, nothing_beneath),
+    "no rank maps of energy to begin with": ("auto", PRICE, without_energy),
+    "no predicted error beside the price": ("auto", PRICE, without_error),
+    "no draws: the mean of what is learned": ("auto", PRICE, without_draws),
+    "no targets after the first proposals": ("auto", PRICE, without_targets_learned),
+    "price: the predicted error alone": ("auto", "predicted", nullcontext),
+    "price: fall of the accuracy": ("auto", "drop", nullcontext),
+    "price: measured divergence": ("auto", "divergence", nullcontext),
 }
 
 
-def searched(name: str, strategy: str, part: AbstractContextManager[None], seed: int, storage: Path) -> Study:
+def searched(
+    name: str, strategy: str, price: str, part: AbstractContextManager[None], seed: int, storage: Path
+) -> Study:
     """The study of one variant and seed."""
     settings = [
         f"strategy.name={strategy}",
-        "strategy.price=second-order",
+        f"strategy.price={price}",
         f"budget.trials={TRIALS}",
         f"seed={seed}",
         "evaluation.factors=activation-aware",
@@ -155,13 +161,13 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, list[Study]] = {}
     for seed in range(arguments.seeds):
-        for number, (words, (strategy, part)) in enumerate(VARIANTS.items()):
+        for number, (words, (strategy, price, part)) in enumerate(VARIANTS.items()):
             name = f"ablation-{number}-{seed}"
-            found.setdefault(words, []).append(searched(name, strategy, part(), seed, arguments.storage))
+            found.setdefault(words, []).append(searched(name, strategy, price, part(), seed, arguments.storage))
     print(
-        "# What each part of auto brings\n\n`python -m benchmarks.auto_ablation` says in its first lines what is done:"
+        "# What each part of auto brings\n\n`python -m benchmarks.auto_ablation` says in its first lines what is done."
     )
-    print(f"done. {TRIALS} trials of each of {arguments.seeds} seeds; mean and half the range.\n")
+    print(f"{TRIALS} trials of each of {arguments.seeds} seeds; mean and half the range.\n")
     print(f"| | {' | '.join(f'{target:.2f}' for target in TARGETS)} | hypervolume |\n|---|{'---:|' * 5}")
     for words, studies in found.items():
         print(row(words, studies))
