@@ -102,9 +102,8 @@ def main() -> None:
                 dense = base.setdefault(batch, taken)
                 row = [form or "dense", f"{rank_map.macs / rank_map.dense_macs:.3f}", str(batch)]
                 row += [*(f"{ms:.1f}" for ms in taken)]
-                row += [f"{taken[i] / taken[i + 1]:.2f}" for i in (0, 2)] + [
-                    f"{min(dense[::2]) / min(taken[1::2]):.2f}"
-                ]
+                gains = taken[0] / taken[1], taken[2] / taken[3], min(dense[::2]) / min(taken[1::2])
+                row += [*(f"{gain:.2f}" for gain in gains)]
                 print(f"| {' | '.join(row)} |", flush=True)
     print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
     print(", ".join(f"{name} {value}" for name, value in versions().items()), end="")

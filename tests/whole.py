@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from ranksearch.surgery import apply_rank_map
 from tests.integration.test_quantised_search import FEW
 from tests.integration.test_search import QUICKSTART
 from tests.maps import rank_map_for
-from tests.networks import SmallNet, small_net
+from tests.networks import SharedNet, SmallNet, small_net
 
 RANKS: dict[str, tuple[str, tuple[int, ...]]] = {
     "body.plain": ("tensor-chain", (2, 2, 2)),
@@ -60,6 +61,38 @@ def simulated(network: nn.Module, job: Job, images: Tensor) -> Tensor:
 def close(found: Tensor, wanted: Tensor, plain: Tensor) -> bool:
     """Whether ``found`` is nearer to the simulation than the network that rounds no activations is; none by chance."""
     return float((found - wanted).square().mean()) < float((plain - wanted).square().mean())
+
+
+def calibrated(
+    name: str, dense: nn.Module, shape: tuple[int, int, int], ranks: dict[str, tuple[str, tuple[int, ...]]]
+) -> tuple[Job, Tensor]:
+    """A network of few bits to be written, and the images that its ranges are of."""
+    rank_map = few(name, dense.eval(), shape, ranks)
+    images = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
+    return job_of(apply_rank_map(rank_map, dense).eval(), rank_map, images), images
+
+
+def running_twice() -> tuple[Job, Tensor]:
+    """One with a layer that runs more than once."""
+    torch.manual_seed(0)
+    return calibrated("shared", nn.Sequential(SharedNet()), SharedNet.shape, {"0.first": ("tucker2", (3, 3))})
+
+
+def turned(groups: int) -> tuple[Job, Tensor]:
+    """One with a transposed convolution of so many groups."""
+    torch.manual_seed(0)
+    return calibrated("turned", Turned(groups), (4, 6, 6), {"first": ("tucker2", (3, 3))})
+
+
+PARTLY = pytest.mark.parametrize(
+    "widths",
+    [
+        WidthsRecord(other_bits=8, activation_bits=32, clip="mse"),
+        WidthsRecord(other_bits=32, activation_bits=8, clip="percentile"),
+    ],
+    ids=["activations in float32", "other weights in float32"],
+)
+"""Widths of networks of which a part stays as it is."""
 
 
 def searched(folder: Path) -> tuple[Path, RankMap]:

@@ -108,7 +108,7 @@ def _read(job: Job, path: Path) -> Runner:
         try:
             with _quiet(), inductor.patch(freezing=True):  # it may be compiled
                 found = compiled(images)
-        except Exception as error:
+        except Exception as error:  # the compiler wraps its own in those of whatever called it
             if InvalidCxxCompiler.__name__ in str(error):
                 raise ExportError(
                     "a pt2-int8 export is compiled as it is read back, which needs a C++ compiler, found none. Install "

@@ -24,9 +24,8 @@ from ranksearch.deployment.target import Job
 from ranksearch.errors import ExportError
 from ranksearch.rankmap import RankMap, WidthsRecord
 from ranksearch.stages import TiedConv
-from ranksearch.surgery import apply_rank_map
-from tests.networks import SharedNet, small_images
-from tests.whole import FOUR, Tied, Turned, close, few, job_of, searched, simulated, small
+from tests.networks import small_images
+from tests.whole import FOUR, PARTLY, calibrated, close, job_of, running_twice, searched, simulated, small, turned
 
 TO = "pt2-int8"
 COMPILER = pytest.mark.skipif(
@@ -172,14 +171,7 @@ def test_compiled_it_computes_in_int8(tmp_path: Path) -> None:
     assert not any("mkldnn_convolution" in key or key in ("aten::convolution", "aten::addmm") for key in ran)
 
 
-@pytest.mark.parametrize(
-    "widths",
-    [
-        WidthsRecord(other_bits=8, activation_bits=32, clip="mse"),
-        WidthsRecord(other_bits=32, activation_bits=8, clip="percentile"),
-    ],
-    ids=["activations in float32", "other weights in float32"],
-)
+@PARTLY
 def test_what_stays_in_float32_is_left_so(widths: WidthsRecord, tmp_path: Path) -> None:
     network, rank_map = small(widths)
     images = small_images(64)
@@ -197,14 +189,9 @@ def test_what_stays_in_float32_is_left_so(widths: WidthsRecord, tmp_path: Path) 
 
 
 def test_a_layer_that_runs_more_than_once(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    dense = nn.Sequential(SharedNet()).eval()
-    rank_map = few("shared", dense, SharedNet.shape, {"0.first": ("tucker2", (3, 3))})
-    network = apply_rank_map(rank_map, dense).eval()
-    images = torch.randn(64, *SharedNet.shape, generator=torch.Generator().manual_seed(0))
-    job = job_of(network, rank_map, images)
+    job, images = running_twice()
     with torch.no_grad():
-        assert close(run(written(job, tmp_path), images), simulated(network, job, images), network(images))
+        assert close(run(written(job, tmp_path), images), simulated(job.network, job, images), job.network(images))
 
 
 @COMPILER
@@ -212,17 +199,12 @@ def test_a_layer_that_runs_more_than_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions_compute_in_float32(groups: int, tmp_path: Path) -> None:
     """With rounded inputs and rounded weights; the compiler would run one as a plain convolution."""
-    torch.manual_seed(0)
-    dense = Turned(groups).eval()
-    rank_map = few("turned", dense, (4, 6, 6), {"first": ("tucker2", (3, 3))})
-    network = apply_rank_map(rank_map, dense).eval()
-    images = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    job = job_of(network, rank_map, images)
+    job, images = turned(groups)
     file = written(job, tmp_path)
     assert (len(weights_in(file)), len(kernels_in(file))) == (3, 1)
     with torch.no_grad():
         for found in (run(file, images), TARGETS[TO].read(job, file)(images)):
-            assert close(found, simulated(network, job, images), network(images))
+            assert close(found, simulated(job.network, job, images), job.network(images))
 
 
 class Branching(nn.Module):
@@ -257,17 +239,13 @@ def test_norms_that_are_not_folded_stay_beside_their_layers(tmp_path: Path) -> N
                 one.uniform_(0.2, 3.0)  # type: ignore[union-attr]
             for one in (norm.bias, norm.running_mean):
                 one.normal_()  # type: ignore[union-attr]
-    dense = dense.eval()
-    rank_map = few("branching", dense, (4, 8, 8), {"second": ("tucker2", (3, 3))})
-    network = apply_rank_map(rank_map, dense).eval()
-    images = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    job = job_of(network, rank_map, images)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in job.folded.model.modules()) >= 1
+    job, images = calibrated("branching", dense, (4, 8, 8), {"second": ("tucker2", (3, 3))})
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in job.folded.model.modules()) == 2
     file = written(job, tmp_path)
     assert len(weights_in(file)) == 5
-    wanted = simulated(network, job, images)
+    wanted = simulated(job.network, job, images)
     with torch.no_grad():
-        assert close(run(file, images), wanted, network(images))
+        assert close(run(file, images), wanted, job.network(images))
     assert float(((run(file, images) - wanted).abs().amax(1) < 1e-5).double().mean()) > 0.5
 
 
@@ -285,39 +263,11 @@ class Same(nn.Module):
 
 def test_padding_by_name(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    dense = Same().eval()
-    rank_map = few("same", dense, (4, 6, 6), {"second": ("tucker2", (3, 3))})
-    network = apply_rank_map(rank_map, dense).eval()
-    images = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    job = job_of(network, rank_map, images)
+    job, images = calibrated("same", Same(), (4, 6, 6), {"second": ("tucker2", (3, 3))})
     file = written(job, tmp_path)
     assert len(weights_in(file)) == 4
     with torch.no_grad():
-        assert close(run(file, images), simulated(network, job, images), network(images))
-
-
-def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
-    network, rank_map = small()
-    with torch.no_grad():
-        network.get_parameter("body.depthwise.weight")[3] += torch.linspace(0, 0.1, 9).reshape(1, 3, 3)
-    with pytest.raises(
-        ExportError, match=r"weights of 8 bits must be whole multiples .* those of body.depthwise are not"
-    ):
-        written(job_of(network, rank_map, small_images(64)), tmp_path)
-
-
-def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:
-    dense = Tied().eval()
-    rank_map = few("tied", dense, (4, 6, 6), {"head": ("svd", (2,))})
-    network = apply_rank_map(rank_map, dense).eval()
-    with pytest.raises(ExportError, match=r"weights .* must stand in the graph .* has none there"):
-        written(job_of(network, rank_map, torch.randn(64, 4, 6, 6)), tmp_path)
-
-
-def test_noise_gives_no_ranges(exported: tuple[Path, RankMap], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="calibrated on images"):
-        deploy(exported[0], tmp_path / "x.pt2", to=TO, images="noise", storage=exported[0].parent)
-    assert not list(tmp_path.iterdir())
+        assert close(run(file, images), simulated(job.network, job, images), job.network(images))
 
 
 def test_without_torchao_it_says_what_to_install(

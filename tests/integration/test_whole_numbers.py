@@ -22,9 +22,8 @@ from ranksearch.errors import ExportError
 from ranksearch.rankmap import RankMap, WidthsRecord
 from ranksearch.rounding import whole_numbers
 from ranksearch.stages import TiedConv
-from ranksearch.surgery import apply_rank_map
-from tests.networks import SharedNet, small_images
-from tests.whole import FOUR, Tied, Turned, close, few, job_of, searched, simulated, small
+from tests.networks import small_images
+from tests.whole import FOUR, PARTLY, Tied, calibrated, close, job_of, running_twice, searched, simulated, small, turned
 
 
 def optimised(file: Path) -> onnx.ModelProto:
@@ -158,14 +157,7 @@ def test_a_bias_beyond_32_bits_is_added_apart(tmp_path: Path) -> None:
     assert any(one.name.endswith("bias_apart") for one in onnx.load(tmp_path / "x.onnx").graph.initializer)
 
 
-@pytest.mark.parametrize(
-    "widths",
-    [
-        WidthsRecord(other_bits=8, activation_bits=32, clip="mse"),
-        WidthsRecord(other_bits=32, activation_bits=8, clip="percentile"),
-    ],
-    ids=["activations in float32", "other weights in float32"],
-)
+@PARTLY
 def test_what_stays_in_float32_is_left_so(widths: WidthsRecord, tmp_path: Path) -> None:
     network, rank_map = small(widths)
     images = small_images(64)
@@ -183,48 +175,51 @@ def test_what_stays_in_float32_is_left_so(widths: WidthsRecord, tmp_path: Path) 
 
 
 def test_a_layer_that_runs_more_than_once(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    dense = nn.Sequential(SharedNet()).eval()
-    rank_map = few("shared", dense, SharedNet.shape, {"0.first": ("tucker2", (3, 3))})
-    network = apply_rank_map(rank_map, dense).eval()
-    images = torch.randn(64, *SharedNet.shape, generator=torch.Generator().manual_seed(0))
-    job = job_of(network, rank_map, images)
+    job, images = running_twice()
     TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
     with torch.no_grad():
-        assert close(run(tmp_path / "x.onnx", images), simulated(network, job, images), network(images))
+        assert close(run(tmp_path / "x.onnx", images), simulated(job.network, job, images), job.network(images))
     assert operators(optimised(tmp_path / "x.onnx"))["QLinearConv"] == 3 + 3 + 1
 
 
 def test_transposed_convolutions_have_their_channels_along_another_axis(tmp_path: Path) -> None:
     for groups in (1, 2):
-        torch.manual_seed(0)
-        dense = Turned(groups).eval()
-        rank_map = few("turned", dense, (4, 6, 6), {"first": ("tucker2", (3, 3))})
-        network = apply_rank_map(rank_map, dense).eval()
-        images = torch.randn(64, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-        job = job_of(network, rank_map, images)
+        job, images = turned(groups)
         if groups == 2:
             with pytest.raises(ExportError, match=r"transposed convolution up has 2 groups. Use `--to onnx`"):
                 TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
             continue
         TARGETS["onnx-int8"].write(job, tmp_path / "x.onnx")
         with torch.no_grad():
-            assert close(run(tmp_path / "x.onnx", images), simulated(network, job, images), network(images))
+            assert close(run(tmp_path / "x.onnx", images), simulated(job.network, job, images), job.network(images))
 
 
-def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+WHOLE = pytest.mark.parametrize("to", ["onnx-int8", "pt2-int8"])
+
+
+@WHOLE
+def test_weights_that_are_not_whole_are_refused(to: str, tmp_path: Path) -> None:
     network, rank_map = small()
     with torch.no_grad():
         network.get_parameter("body.depthwise.weight")[3] += torch.linspace(0, 0.1, 9).reshape(1, 3, 3)
     with pytest.raises(
         ExportError, match=r"weights of 8 bits must be whole multiples .* those of body.depthwise are not"
     ):
-        TARGETS["onnx-int8"].write(job_of(network, rank_map, small_images(64)), tmp_path / "x.onnx")
+        TARGETS[to].write(job_of(network, rank_map, small_images(64)), tmp_path / "x")
 
 
-def test_noise_gives_no_ranges(exported: tuple[Path, RankMap], tmp_path: Path) -> None:
+@WHOLE
+def test_layers_that_share_their_weights_are_refused(to: str, tmp_path: Path) -> None:
+    job, _ = calibrated("tied", Tied(), (4, 6, 6), {"head": ("svd", (2,))})
+    with pytest.raises(ExportError, match=r"weights .* must stand in the graph .* (first|second) has none there"):
+        TARGETS[to].write(job, tmp_path / "x")
+
+
+@WHOLE
+def test_noise_gives_no_ranges(to: str, exported: tuple[Path, RankMap], tmp_path: Path) -> None:
+    file = tmp_path / f"x{TARGETS[to].suffix}"
     with pytest.raises(ExportError, match="calibrated on images"):
-        deploy(exported[0], tmp_path / "x.onnx", to="onnx-int8", images="noise", storage=exported[0].parent)
+        deploy(exported[0], file, to=to, images="noise", storage=exported[0].parent)
     assert not list(tmp_path.iterdir())
 
 
@@ -239,14 +234,6 @@ def test_a_map_without_widths_goes_to_the_runtimes_own_quantiser(
     kinds = {one.data_type for one in onnx.load(tmp_path / "x.onnx").graph.initializer}
     assert onnx.TensorProto.INT4 not in kinds
     assert onnx.TensorProto.INT8 in kinds
-
-
-def test_layers_that_share_their_weights_are_refused(tmp_path: Path) -> None:
-    dense = Tied().eval()
-    rank_map = few("tied", dense, (4, 6, 6), {"head": ("svd", (2,))})
-    network = apply_rank_map(rank_map, dense).eval()
-    with pytest.raises(ExportError, match=r"weights .* must stand in the graph .* first has none there"):
-        TARGETS["onnx-int8"].write(job_of(network, rank_map, torch.randn(64, 4, 6, 6)), tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
