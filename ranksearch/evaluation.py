@@ -8,6 +8,7 @@ are scored only for trials that may be on the front, unless the space asks for a
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -179,6 +180,7 @@ class Evaluator:
             seconds=time.perf_counter() - started,
             accuracy=None if report is None else report.accuracy,
             report_images=0 if report is None else report.images,
+            report_right=None if report is None else base64.b64encode(report.right).decode(),
             weights=weights,
             details=details,
             layers=layers,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -32,18 +33,24 @@ class Score:
     loss: float
     """Cross-entropy, nats per image."""
     images: int
+    right: bytes = b""
+    """Which images were classified rightly: one bit an image, eight in a byte, the first in the highest place. Nothing
+    where only the rest was kept."""
 
 
 @torch.no_grad()
 def score(model: nn.Module, split: Split, data: Data, *, batch_images: int, device: torch.device) -> Score:
     """Accuracy and loss of ``model`` on a split, in float32."""
-    correct, loss = 0, 0.0
+    right, loss = [], 0.0
     for start in range(0, len(split.labels), batch_images):
         labels = torch.as_tensor(split.labels[start : start + batch_images]).to(device)
         outputs = model(to_input(split.images[start : start + batch_images], data, device)).float()
-        correct += int((outputs.argmax(1) == labels).sum())
+        right.append((outputs.argmax(1) == labels).cpu().numpy())
         loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
-    return Score(accuracy=correct / len(split.labels), loss=loss / len(split.labels), images=len(split.labels))
+    each, images = np.concatenate(right), len(split.labels)
+    return Score(
+        accuracy=int(each.sum()) / images, loss=loss / images, images=images, right=np.packbits(each).tobytes()
+    )
 
 
 class Widths(Protocol):

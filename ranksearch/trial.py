@@ -58,7 +58,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("macs", "params", "report_images"), (int,)),
     **dict.fromkeys(("accuracy", "latency_ms"), (int, float, type(None))),
     **dict.fromkeys(("bit_operations", "weight_bytes"), (int, type(None))),
-    "weights": (str, type(None)),
+    **dict.fromkeys(("report_right", "weights"), (str, type(None))),
     "details": (dict,),
     "layers": (dict, type(None)),
 }
@@ -82,6 +82,9 @@ class Outcome:
     """Top-1 accuracy on the report images; measured only for trials that may be on the front, unless the space asks
     for all."""
     report_images: int = 0
+    report_right: str | None = None
+    """Which report images were classified rightly, so that networks can be compared image by image: one bit an image,
+    the first in the highest place of the first byte, in base64."""
     weights: str | None = None
     """File of the compressed weights, relative to the study's folder; only for trials that may be on the front."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -263,11 +266,15 @@ def constraints(outcome: Outcome, budget: BudgetSpec, dense: Mapping[str, float]
     return limits
 
 
+NORMAL: Final = 1.959963984540054
+"""Within so many standard errors of its mean a normal quantity lies 95 times of 100."""
+
+
 def interval(accuracy: float, images: int) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy measured on so many images."""
     if not images or isnan(accuracy):
         return nan, nan
-    z = 1.959963984540054
+    z = NORMAL
     centre = (accuracy + z * z / (2 * images)) / (1 + z * z / images)
     half = z / (1 + z * z / images) * sqrt(accuracy * (1 - accuracy) / images + z * z / (4 * images**2))
     return centre - half, centre + half

@@ -94,6 +94,8 @@ def _show(found: Comparison, written: list[Path]) -> None:
     console().print(targets_table(found))
     dense = [run.dense_accuracy for run in found.runs]
     say(f"\nMeans over the seeds ± half the range; report images. Dense: {100 * sum(dense) / len(dense):.2f} %.")
+    say("Behind: the best, by so many points ± what the choice of the report images leaves open (95 %).")
+    say("In bold: what is no worse beyond chance.")
     for row in found.summary().to_dict("records"):
         if row["reason"]:
             say(f"{row['strategy']}: {row['reason']}", style="yellow")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ranksearch.trial import NORMAL
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -207,18 +209,24 @@ def strategies_table(found: Strategies) -> Table:
 
 
 def targets_table(found: Strategies) -> Table:
-    """What the strategies of a comparison have within each target; means over the seeds."""
-    columns = ["MACs at most %", "strategy", "MACs %", "accuracy %"]
-    made = table(*columns, *(["after training %"] if found.fine_tune_steps else []), "", left=0)
+    """What the strategies of a comparison have within each target; means over the seeds.
+
+    In bold, of the last accuracies: the best, and what is no worse beyond chance.
+    """
+    columns = ["within %", "strategy", "MACs %", "accuracy %", *(["trained %"] if found.fine_tune_steps else [])]
+    made = table(*columns, "behind", "", left=0)
     made.columns[1].justify = "left"
     rows = records(found.summary())
     for target in found.targets:
         for i, row in enumerate(rows):
             name, seeds = f"{target:g}", row["seeds"]
-            scores = [
-                _plus_minus(row[f"{when}_{name}"], row[f"{when}_half_range_{name}"], 100, 2)
-                for when in (("before", "after") if found.fine_tune_steps else ("before",))
-            ]
+            times = ("before", "after") if found.fine_tune_steps else ("before",)
+            scores = [_plus_minus(row[f"{when}_{name}"], row[f"{when}_half_range_{name}"], 100, 2) for when in times]
+            less, error = row[f"{times[-1]}_behind_{name}"], row[f"{times[-1]}_behind_error_{name}"]
+            wide = None if error is None else NORMAL * error
+            if less is not None and wide is not None and less <= wide:
+                scores[-1] = f"[bold]{scores[-1]}[/bold]"
+            scores.append(_plus_minus(less, wide, 100, 2))
             some = f"{row[f'found_{name}']} of {seeds} seeds" if 0 < row[f"found_{name}"] < seeds else ""
             first = percent(target, 1) if i == 0 else ""
             made.add_row(first, row["strategy"], percent(row[f"macs_ratio_{name}"], 1), *scores, some)

@@ -2,17 +2,24 @@
 
 Over seeds, a figure is given as its mean and half its range. MACs are per image; accuracies are those of the report
 images, 0 to 1, unless they are called search accuracies.
+
+Seeds say nothing of chance in the report images, which are the same for all. So every row is also compared with the
+best one image by image (paired, as in Q. McNemar, "Note on the sampling error of the difference between correlated
+proportions or percentages", 1947): what it is behind, and the standard error of that.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isnan, nan
+from math import isnan, nan, sqrt
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from ranksearch.errors import BudgetError
 from ranksearch.export import choose, rank_map_of
@@ -22,6 +29,7 @@ from ranksearch.trial import Outcome, Trial
 if TYPE_CHECKING:
     import pandas as pd
 
+_WHEN = ("before", "after")
 Choice = frozenset[tuple[str, str, tuple[int, ...], int]]
 """A rank map by what it makes of every layer: name, format, ranks. Dense layers are left out."""
 
@@ -54,6 +62,9 @@ class Cell:
     """Its accuracy as the search scored it."""
     after: float | None = None
     """Its accuracy after the comparison's fine-tuning."""
+    before_right: bytes | None = None
+    """Which report images it classified rightly, one byte an image; None of studies that did not keep it."""
+    after_right: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +109,8 @@ class Comparison:
         import pandas as pd
 
         whole = [*(field for field in Run.__dataclass_fields__ if field not in ("curve", "cells", "reason"))]
-        rows = [{name: getattr(run, name) for name in whole} | asdict(cell) for run in self.runs for cell in run.cells]
-        frame = pd.DataFrame(rows, columns=[*whole, *Cell.__dataclass_fields__])
+        rows = [{name: getattr(run, name) for name in whole} | _shown(cell) for run in self.runs for cell in run.cells]
+        frame = pd.DataFrame(rows, columns=[*whole, *_shown(Cell(target=0.0))])
         numbers = ["macs_ratio", "accuracy_search", "before", "after"]
         frame = frame.astype({"trial": "Int64", "macs": "Int64", **dict.fromkeys(numbers, float)})
         first = ["strategy", "seed", "target", "study"]
@@ -118,12 +129,17 @@ class Comparison:
         """One row for each strategy: means over the seeds, half ranges, and the reason of one that could not search.
 
         Columns of a target end in it, as in ``before_0.5``; ``found_0.5`` counts the seeds that have something there.
+        ``before_behind_0.5`` is by how much the row is behind the best one there, ``before_behind_error_0.5`` the
+        standard error of that, as the report images are a sample.
         """
         import pandas as pd
 
-        return pd.DataFrame([self._row(strategy) for strategy in self.strategies])
+        behind = {(when, i): self._behind(when, i) for when in _WHEN for i in range(len(self.targets))}
+        return pd.DataFrame([self._row(strategy, behind) for strategy in self.strategies])
 
-    def _row(self, strategy: str) -> dict[str, Any]:
+    def _row(
+        self, strategy: str, behind: Mapping[tuple[str, int], Mapping[str, tuple[float, float]]]
+    ) -> dict[str, Any]:
         runs = [run for run in self.runs if run.strategy == strategy]
         row: dict[str, Any] = {
             "strategy": strategy,
@@ -139,11 +155,35 @@ class Comparison:
             cells = [run.cells[i] for run in runs if run.cells[i].trial is not None]
             row[f"found_{target:g}"] = len(cells)
             row[f"macs_ratio_{target:g}"] = _mean(cell.macs_ratio for cell in cells)
-            for name in ("before", "after"):
+            for name in _WHEN:
                 values = [getattr(cell, name) for cell in cells]
-                row |= {f"{name}_{target:g}": _mean(values), f"{name}_half_range_{target:g}": _half_range(values)}
+                less, error = behind[name, i].get(strategy, (nan, nan))
+                row |= {
+                    f"{name}_{target:g}": _mean(values),
+                    f"{name}_half_range_{target:g}": _half_range(values),
+                    f"{name}_behind_{target:g}": less,
+                    f"{name}_behind_error_{target:g}": error,
+                }
         reasons = (self.failures.get(strategy), *(run.reason for run in runs))
         return row | {"reason": next((reason for reason in reasons if reason), None)}
+
+    def _behind(self, when: str, place: int) -> dict[str, tuple[float, float]]:
+        """How far each strategy is behind the best at one target, over the seeds that both have; and its error.
+
+        The best is the most accurate in the mean, of those that have something with the most seeds.
+        """
+        right: dict[str, dict[int, np.ndarray]] = {}
+        accuracies: dict[str, list[float]] = {}
+        for run in self.runs:
+            cell = run.cells[place]
+            value, bits = getattr(cell, when), getattr(cell, f"{when}_right")
+            if value is not None and bits is not None:
+                right.setdefault(run.strategy, {})[run.seed] = np.frombuffer(bits, np.uint8)
+                accuracies.setdefault(run.strategy, []).append(value)
+        if not right:
+            return {}
+        best = max(right, key=lambda name: (len(right[name]), _mean(accuracies[name])))
+        return {name: _apart(right[best], own) for name, own in right.items()}
 
     def metrics(self) -> dict[str, float]:
         """The summary as single figures, such as ``accuracy/knapsack/0.50/after``; missing ones are left out."""
@@ -166,7 +206,7 @@ class Comparison:
             "targets": list(self.targets),
             "fine_tune_steps": self.fine_tune_steps,
             "summary": summary,
-            "runs": [asdict(run) for run in self.runs],
+            "runs": [asdict(run) | {"cells": [_shown(cell) for cell in run.cells]} for run in self.runs],
             "failures": dict(self.failures),
         }
 
@@ -176,8 +216,8 @@ def slug_of(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", label)
 
 
-def run_of(strategy: str, seed: int, study: Study, targets: Sequence[float], after: Mapping[Choice, float]) -> Run:
-    """What a study found; ``after`` has the accuracies of the rank maps that were fine-tuned."""
+def run_of(strategy: str, seed: int, study: Study, targets: Sequence[float], after: Mapping[Choice, Outcome]) -> Run:
+    """What a study found; ``after`` has the outcomes of the rank maps that were fine-tuned."""
     trials = study.trials()
     last = {trial.index: trial for trial in trials}.values()
     failed = [trial for trial in last if trial.state == "FAIL"]
@@ -213,11 +253,12 @@ def choice_of(study: Study, trial: Trial) -> Choice:
     return frozenset((name, layer.format, layer.ranks, layer.bits) for name, layer in layers.items())
 
 
-def _cell(study: Study, target: float, after: Mapping[Choice, float]) -> Cell:
+def _cell(study: Study, target: float, after: Mapping[Choice, Outcome]) -> Cell:
     trial = chosen(study, target)
     if trial is None:
         return Cell(target=target)
     outcome = cast(Outcome, trial.outcome)
+    trained = after.get(choice_of(study, trial))
     return Cell(
         target=target,
         trial=trial.number,
@@ -225,8 +266,31 @@ def _cell(study: Study, target: float, after: Mapping[Choice, float]) -> Cell:
         macs_ratio=outcome.macs / study.setting.dense["macs"],
         accuracy_search=outcome.accuracy_search,
         before=outcome.accuracy,
-        after=after.get(choice_of(study, trial)),
+        after=None if trained is None else trained.accuracy,
+        before_right=_right(outcome),
+        after_right=None if trained is None else _right(trained),
     )
+
+
+def _right(outcome: Outcome) -> bytes | None:
+    if outcome.report_right is None:
+        return None
+    packed = np.frombuffer(base64.b64decode(outcome.report_right), np.uint8)
+    return np.unpackbits(packed, count=outcome.report_images).tobytes()
+
+
+def _shown(cell: Cell) -> dict[str, Any]:
+    """A cell without the answers to single images."""
+    return {name: value for name, value in asdict(cell).items() if not name.endswith("_right")}
+
+
+def _apart(best: Mapping[int, np.ndarray], own: Mapping[int, np.ndarray]) -> tuple[float, float]:
+    """Mean difference of two rows' accuracies over the seeds that both have, and its standard error over the images."""
+    seeds = sorted(best.keys() & own.keys())
+    if not seeds:
+        return nan, nan
+    each = np.mean([best[seed].astype(float) - own[seed] for seed in seeds], axis=0)
+    return float(each.mean()), float(each.std(ddof=1)) / sqrt(len(each)) if len(each) > 1 else nan
 
 
 def _curve(study: Study, ended: Sequence[Trial]) -> tuple[Point, ...]:

@@ -24,6 +24,7 @@ from ranksearch.space import Space
 from ranksearch.storage import Store
 from ranksearch.study import Study
 from ranksearch.table import FLOAT_BITS
+from ranksearch.trial import Outcome
 
 _logger = logging.getLogger("ranksearch")
 
@@ -199,8 +200,8 @@ class _Work:
             return resume(name, storage=storage, trials=trials, notify=self.notify, watch=self.watch)
         return search(wanted, storage=storage, name=name, notify=self.notify, watch=self.watch)
 
-    def _train(self, studies: Sequence[Study], seed: int, place: int) -> dict[Choice, float]:
-        """Fine-tune every rank map that was chosen at a target, each once; returns their accuracies."""
+    def _train(self, studies: Sequence[Study], seed: int, place: int) -> dict[Choice, Outcome]:
+        """Fine-tune every rank map that was chosen at a target, each once; returns their outcomes."""
         picked = [(study, trial) for study in studies for target in self.targets if (trial := chosen(study, target))]
         wanted = {choice_of(study, trial): rank_map_of(study, trial) for study, trial in picked}
         done = [self._searched(study.name, study.space, place) for study in self._trained(seed)]
@@ -211,10 +212,10 @@ class _Work:
             name = next(one for one in self._trained_names(seed) if one not in taken)
             done.append(self._searched(name, self._training([str(file) for file in missing], seed), place))
         return {
-            choice_of(study, trial): trial.outcome.accuracy
+            choice_of(study, trial): trial.outcome
             for study in done
             for trial in study.trials()
-            if trial.outcome is not None and trial.outcome.accuracy is not None
+            if trial.outcome is not None
         }
 
     def _trained(self, seed: int) -> list[Study]:

@@ -106,6 +106,10 @@ def test_every_strategy_and_seed_is_a_study_and_what_they_chose_is_trained_once(
         assert wanted == accuracies
     for row in found.summary().to_dict("records"):
         assert (row["done"], row["failed"], row["found_0.4"]) == (6, 0, 2)
+        for when in ("before", "after"):
+            best = found.summary()[f"{when}_0.4"].max()
+            assert row[f"{when}_behind_0.4"] == pytest.approx(best - row[f"{when}_0.4"])
+            assert row[f"{when}_behind_error_0.4"] > 0 or row[f"{when}_0.4"] == best
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from optuna._hypervolume import compute_hypervolume
 from PIL import Image
+from scipy.stats import ttest_rel
 
 from ranksearch.comparison.pictures import (
     accuracy_band,
@@ -61,7 +62,11 @@ def scored(study: Study) -> list[Outcome]:
 
 
 def test_a_cell_is_the_best_on_the_search_images_within_the_target(study: Study) -> None:
-    after = {choice_of(study, trial): trial.number / 100 for trial in study.trials()}
+    after = {
+        choice_of(study, trial): replace(trial.outcome, accuracy=trial.number / 100)
+        for trial in study.trials()
+        if trial.outcome is not None
+    }
     run = run_of("random", 0, study, TARGETS, after)
     assert (run.done, run.failed) == (11, 1)
     for target, cell in zip(TARGETS, run.cells, strict=True):
@@ -161,6 +166,36 @@ def test_the_summary_has_means_and_half_ranges() -> None:
     assert np.isnan(tpe["before_0.5"])
     assert (lost["seeds"], lost["reason"]) == (0, "PriceError: none")
     assert np.isnan(lost["hypervolume"])
+
+
+def test_what_a_row_is_behind_is_scipys_paired_difference_over_the_images() -> None:
+    images, rng = 200, np.random.default_rng(0)
+    right = {
+        (name, seed): (rng.random(images) < share).astype(np.uint8)
+        for name, share in (("knapsack", 0.8), ("optuna:tpe", 0.7))
+        for seed in (0, 1)
+    }
+    best, other = (np.mean([right[name, seed] for seed in (0, 1)], axis=0) for name in ("knapsack", "optuna:tpe"))
+    oracle = ttest_rel(best, other)
+
+    def answered(name: str, seed: int) -> Run:
+        bits = right[name, seed]
+        cells = (Cell(target=0.7, trial=1, before=float(bits.mean()), before_right=bits.tobytes()), Cell(target=0.5))
+        return replace(run(name, seed, [None, None]), cells=cells)
+
+    runs = tuple(answered(name, seed) for name, seed in right)
+    knapsack, tpe, lost = found(runs=runs).summary().to_dict("records")
+    assert (knapsack["before_behind_0.7"], knapsack["before_behind_error_0.7"]) == (0, 0)
+    assert tpe["before_behind_0.7"] == pytest.approx(knapsack["before_0.7"] - tpe["before_0.7"])
+    assert tpe["before_behind_0.7"] / tpe["before_behind_error_0.7"] == pytest.approx(oracle.statistic)
+    assert np.isnan([tpe["before_behind_0.5"], tpe["after_behind_0.7"], lost["before_behind_0.7"]]).all()
+    # Of one seed alone: over what both have.
+    tpe = found(runs=runs[:3]).summary().to_dict("records")[1]
+    assert tpe["before_behind_0.7"] == pytest.approx(right["knapsack", 0].mean() - right["optuna:tpe", 0].mean())
+    # Fewer seeds do not make the best, however good: of networks that were found as often it is the best one.
+    better = replace(runs[2].cells[0], before=1.0, before_right=bytes([1] * images))
+    few = (*runs[:2], replace(runs[2], cells=(better, runs[2].cells[1])))
+    assert found(runs=few).summary()["before_behind_0.7"][1] < 0
 
 
 def test_the_frame_and_the_json_hold_every_cell() -> None:

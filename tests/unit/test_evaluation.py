@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 from dataclasses import replace
@@ -142,6 +143,18 @@ def test_a_space_may_ask_for_the_report_score_of_every_trial(bench: Bench) -> No
     outcome = Evaluator(under(bench, report="all"))(beaten)
     assert (outcome.accuracy, outcome.report_images, outcome.weights) == (first.accuracy, 100, None)
     assert [path.name for path in bench.weights_folder.iterdir()] == [first.weights]
+
+
+def test_an_outcome_says_which_report_images_were_classified_rightly(bench: Bench) -> None:
+    evaluate = Evaluator(under(bench, report="all"))
+    outcome = evaluate(Task(number=3, choices=cheapest(bench), seed=0))
+    picked = {k: c for k, c in bench.table.picked(cheapest(bench)).items() if not c.dense}
+    report = bench.data.report
+    right = plain_outputs(evaluate.build(picked).model, report.images).argmax(1) == report.labels
+    assert outcome.report_right is not None
+    told = "".join(f"{byte:08b}" for byte in base64.b64decode(outcome.report_right))
+    assert told[:100] == "".join("1" if one else "0" for one in right)
+    assert 0 < right.sum() < 100
 
 
 def test_an_evaluator_carries_nothing_from_task_to_task(bench: Bench) -> None:

@@ -1,0 +1,103 @@
+"""What rungs bring where candidates are trained, on ResNet-20 and CIFAR-10; prints Markdown.
+
+Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.rungs --storage folder``, the folder
+of data as ``search_spaces/resnet20-cifar10.yaml`` describes it. Trials that the storage has are not run again.
+
+Both searches are that space's with its four targets, in ``auto``, 78 steps of training for a candidate: one trains
+every candidate, the other has ``strategy.rungs: [0]``, which scores them untrained and trains a quarter. The search
+without rungs is cut where its trials have taken as long as all of the other's. What is compared is what was trained to
+the end: hypervolume on the search images, and report accuracies of what those choose within the targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.auto_ablation import SPACE, TARGETS, shown
+from ranksearch.launch import resume, search
+from ranksearch.preparation import versions
+from ranksearch.storage import Store
+from ranksearch.study import Study
+from ranksearch.trial import Trial, best_within
+
+STEPS = 78
+RUNGS = "rungs: [0]"
+EVERY = "every candidate trained"
+TRIALS = {RUNGS: 60, EVERY: 24}
+"""Enough of the second to take as long as the first."""
+
+
+def searched(words: str, seed: int, storage: Path) -> Study:
+    """The study of one of the two and a seed."""
+    name, trials = f"{words.split(':')[0].replace(' ', '-')}-{seed}", TRIALS[words]
+    store = Store(storage)
+    if name in store.names():
+        found = store.open(name)
+        if sum(trial.state != "RUNNING" for trial in found.trials()) >= trials:
+            return found
+        return resume(name, storage=storage, trials=trials)
+    settings = [
+        f"strategy.rungs={[0] if words == RUNGS else []}",
+        f"budget.trials={trials}",
+        f"seed={seed}",
+        f"evaluation.fine_tune.steps={STEPS}",
+        "evaluation.report=all",
+        "evaluation.factors=activation-aware",
+        "resources.engine=local",
+        "tracking.enabled=false",
+    ]
+    return search(SPACE, settings=settings, storage=storage, name=name)
+
+
+def within(trials: Sequence[Trial], seconds: float) -> list[Trial]:
+    """The trials that had ended when all before them had taken so long."""
+    found, taken = [], 0.0
+    for trial in trials:
+        taken += 0.0 if trial.outcome is None else trial.outcome.seconds
+        if taken > seconds:
+            break
+        found.append(trial)
+    return found
+
+
+def seconds_of(trials: Sequence[Trial]) -> float:
+    """What the trials took together."""
+    return sum(trial.outcome.seconds for trial in trials if trial.outcome is not None)
+
+
+def main() -> None:
+    """Search what is missing and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", type=Path, required=True, help="where the studies are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+    pairs = [{words: searched(words, seed, arguments.storage) for words in TRIALS} for seed in arguments.seeds]
+    print("# What rungs bring\n\n`python -m benchmarks.rungs` says in its first lines what is done.\n")
+    print(f"| minutes in trials | | trained | {' | '.join(f'{t:.2f}' for t in TARGETS)} | hypervolume |")
+    print(f"|---|---|{'---:|' * 6}")
+    for share in (0.5, 1.0):
+        for words in TRIALS:
+            counts, volumes, minutes = [], [], []
+            accuracies: list[list[float]] = [[] for _ in TARGETS]
+            for pair in pairs:
+                seconds = share * seconds_of(pair[RUNGS].trials())
+                whole = [t for t in within(pair[words].trials(), seconds) if t.proposal.fidelity == 1]
+                counts.append(float(len(whole)))
+                minutes.append(seconds / 60)
+                volumes.append(pair[words].hypervolume(whole))
+                for found, target in zip(accuracies, TARGETS, strict=True):
+                    best = best_within(whole, target * pair[words].setting.dense["macs"])
+                    told = None if best is None or best.outcome is None else best.outcome.accuracy
+                    found.append(float("nan") if told is None else 100 * told)
+            cells = [shown(each, 2) for each in accuracies]
+            print(
+                f"| {sum(minutes) / len(minutes):.0f} | {words} | {shown(counts, 0)} | {' | '.join(cells)} "
+                f"| {shown(volumes, 4)} |"
+            )
+    print(f"\n{', '.join(f'{name} {value}' for name, value in versions().items())}.")
+
+
+if __name__ == "__main__":
+    main()
