@@ -213,9 +213,8 @@ def main() -> None:
             train(network, weights)
         searches = compared(network, SEARCHES, TRIALS, arguments.seeds, arguments.storage)
         found = joined(searches, compared(network, ALLOCATORS, len(TARGETS), arguments.seeds, arguments.storage))
-        print(
-            f"\n## {network}: dense {100 * found.runs[0].dense_accuracy:.2f} %\n\n| strategy | {' | '.join(f'{target:.2f}' for target in TARGETS)} | minutes |"
-        )
+        print(f"\n## {network}: dense {100 * found.runs[0].dense_accuracy:.2f} %\n")
+        print(f"| strategy | {' | '.join(f'{target:.2f}' for target in TARGETS)} | minutes |")
         print(f"|---|{'---:|' * (len(TARGETS) + 1)}")
         for row in found.summary().to_dict("records"):
             cells = []
