@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ranksearch.trial import NORMAL
 
@@ -224,12 +225,11 @@ def targets_table(found: Strategies) -> Table:
             scores = [_plus_minus(row[f"{when}_{name}"], row[f"{when}_half_range_{name}"], 100, 2) for when in times]
             less, error = row[f"{times[-1]}_behind_{name}"], row[f"{times[-1]}_behind_error_{name}"]
             wide = None if error is None else NORMAL * error
-            if less is not None and wide is not None and less <= wide:
-                scores[-1] = f"[bold]{scores[-1]}[/bold]"
-            scores.append(_plus_minus(less, wide, 100, 2))
+            level = less is not None and wide is not None and less <= wide
+            last, behind = Text(scores.pop(), style="bold" if level else ""), _plus_minus(less, wide, 100, 2)
             some = f"{row[f'found_{name}']} of {seeds} seeds" if 0 < row[f"found_{name}"] < seeds else ""
             first = percent(target, 1) if i == 0 else ""
-            made.add_row(first, row["strategy"], percent(row[f"macs_ratio_{name}"], 1), *scores, some)
+            made.add_row(first, row["strategy"], percent(row[f"macs_ratio_{name}"], 1), *scores, last, behind, some)
     return made
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from optuna._hypervolume import compute_hypervolume
 from PIL import Image
+from rich.console import Console
 from scipy.stats import ttest_rel
 
+from ranksearch.cli.tables import targets_table
 from ranksearch.comparison.pictures import (
     accuracy_band,
     comparison_figure,
@@ -172,7 +174,7 @@ def test_what_a_row_is_behind_is_scipys_paired_difference_over_the_images() -> N
     images, rng = 200, np.random.default_rng(0)
     right = {
         (name, seed): (rng.random(images) < share).astype(np.uint8)
-        for name, share in (("knapsack", 0.8), ("optuna:tpe", 0.7))
+        for name, share in (("knapsack", 0.8), ("optuna:tpe", 0.6))
         for seed in (0, 1)
     }
     best, other = (np.mean([right[name, seed] for seed in (0, 1)], axis=0) for name in ("knapsack", "optuna:tpe"))
@@ -189,6 +191,14 @@ def test_what_a_row_is_behind_is_scipys_paired_difference_over_the_images() -> N
     assert tpe["before_behind_0.7"] == pytest.approx(knapsack["before_0.7"] - tpe["before_0.7"])
     assert tpe["before_behind_0.7"] / tpe["before_behind_error_0.7"] == pytest.approx(oracle.statistic)
     assert np.isnan([tpe["before_behind_0.5"], tpe["after_behind_0.7"], lost["before_behind_0.7"]]).all()
+    # In the table what is worse beyond chance is not in bold, and what is bold is no markup.
+    written = io.StringIO()
+    table = targets_table(found(runs=runs, fine_tune_steps=0))
+    Console(file=written, width=100, force_terminal=True, markup=False).print(table)
+    lines = {name: next(x for x in written.getvalue().splitlines() if name in x) for name in ("knapsack", "tpe")}
+    assert f"\x1b[1m{100 * knapsack['before_0.7']:.2f} ± " in lines["knapsack"]
+    assert f" {100 * tpe['before_0.7']:.2f} ± " in lines["tpe"]
+    assert f"{100 * tpe['before_behind_0.7']:.2f} ± {196 * tpe['before_behind_error_0.7']:.2f}" in lines["tpe"]
     # Of one seed alone: over what both have.
     tpe = found(runs=runs[:3]).summary().to_dict("records")[1]
     assert tpe["before_behind_0.7"] == pytest.approx(right["knapsack", 0].mean() - right["optuna:tpe", 0].mean())
