@@ -102,7 +102,7 @@ VARIANTS: dict[str, tuple[str, str, Callable[[], AbstractContextManager[None]]]]
     "no targets after the first proposals": ("auto", PRICE, without_targets_learned),
     "price: the predicted error alone": ("auto", "predicted", nullcontext),
     "price: fall of the accuracy": ("auto", "drop", nullcontext),
-    "price: measured divergence": ("auto", "divergence", nullcontext),
+    "price: the estimate of the divergence": ("auto", "second-order", nullcontext),
 }
 
 

@@ -206,7 +206,7 @@ class StrategySpec(Section):
     price: str | None = None
     """The loss of a candidate that ``auto``, ``knapsack``, ``greedy``, ``lc`` and ``eps`` reckon with: ``predicted``
     (the error of the table), or a measured one of replacing that layer alone: ``weight``, ``output``, ``divergence``,
-    ``loss``, ``second-order``, ``drop``. By default ``second-order`` of ``auto`` and ``predicted`` of the others."""
+    ``loss``, ``second-order``, ``drop``. By default ``divergence`` of ``auto`` and ``predicted`` of the others."""
     price_images: Positive = 256
     """Calibration images, with their labels, that a measured price is measured on."""
     sampler: str | None = None
