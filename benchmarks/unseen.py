@@ -6,8 +6,9 @@ of data as ``search_spaces/resnet20-cifar10.yaml`` describes it. What the storag
 Three small networks are trained on the 25,000 training images, for eight epochs: plain convolutions without batch norms
 or skips; inverted residuals, whose work is in 1x1 convolutions; dense blocks, whose outputs are concatenated. All are
 searched in the same formats with the defaults of a space, nothing set for the network; factors are activation-aware,
-all of them refitted, nothing is trained. Allocators get a rank map within each target, searches 20 trials. Accuracies
-are those of the 2,500 report images, of what the search images choose.
+all of them refitted, nothing is trained. Allocators get a rank map within each target, searches 20 trials; samplers
+begin cold. Accuracies are those of the 2,500 report images, of what the search images choose. Minutes are those of the
+trials; the prices that a row needs come to them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ALLOCATORS = (
     "knapsack@divergence",
     "knapsack@predicted",
 )
-SEARCHES = ("auto", "optuna", "optuna:tpe")
+SEARCHES = ("auto", "auto@second-order", "optuna", "optuna:tpe")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
