@@ -170,20 +170,20 @@ class Comparison:
     def _behind(self, when: str, place: int) -> dict[str, tuple[float, float]]:
         """How far each strategy is behind the best at one target, over the seeds that both have; and its error.
 
-        The best is the most accurate in the mean, of those that have something with the most seeds.
+        The best is the most accurate in the mean, of those that have something with the most seeds. Where its study did
+        not keep which images were right, nothing is said.
         """
         right: dict[str, dict[int, np.ndarray]] = {}
         accuracies: dict[str, list[float]] = {}
         for run in self.runs:
             cell = run.cells[place]
             value, bits = getattr(cell, when), getattr(cell, f"{when}_right")
-            if value is not None and bits is not None:
-                right.setdefault(run.strategy, {})[run.seed] = np.frombuffer(bits, np.uint8)
+            if value is not None:
                 accuracies.setdefault(run.strategy, []).append(value)
-        if not right:
-            return {}
-        best = max(right, key=lambda name: (len(right[name]), _mean(accuracies[name])))
-        return {name: _apart(right[best], own) for name, own in right.items()}
+            if bits is not None:
+                right.setdefault(run.strategy, {})[run.seed] = np.frombuffer(bits, np.uint8)
+        best = max(accuracies, key=lambda name: (len(accuracies[name]), _mean(accuracies[name])), default="")
+        return {name: _apart(right[best], own) for name, own in right.items()} if best in right else {}
 
     def metrics(self) -> dict[str, float]:
         """The summary as single figures, such as ``accuracy/knapsack/0.50/after``; missing ones are left out."""

@@ -202,6 +202,9 @@ def test_what_a_row_is_behind_is_scipys_paired_difference_over_the_images() -> N
     # Of one seed alone: over what both have.
     tpe = found(runs=runs[:3]).summary().to_dict("records")[1]
     assert tpe["before_behind_0.7"] == pytest.approx(right["knapsack", 0].mean() - right["optuna:tpe", 0].mean())
+    # A best one that did not keep its answers hides nothing: no other stands in its place.
+    silent = tuple(replace(one, cells=(replace(one.cells[0], before_right=None), one.cells[1])) for one in runs[:2])
+    assert found(runs=(*silent, *runs[2:])).summary()["before_behind_0.7"].isna().all()
     # Fewer seeds do not make the best, however good: of networks that were found as often it is the best one.
     better = replace(runs[2].cells[0], before=1.0, before_right=bytes([1] * images))
     few = (*runs[:2], replace(runs[2], cells=(better, runs[2].cells[1])))
