@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, cast
 
+from ranksearch.errors import reason_of
 from ranksearch.pictures import Progress
 from ranksearch.study import Study
 from ranksearch.trial import Outcome, Trial, ends_per_second
@@ -113,8 +114,7 @@ class Feed:
                 self.refresh()
                 self.problem = ""
             except Exception as error:  # whatever a database's driver raises: the page says it, and reads on
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                self.problem = f"The study cannot be read at the moment: {reason}"
+                self.problem = f"The study cannot be read at the moment: {reason_of(error)}"
             pause_s = max(self._pause_s, 10 * (time.monotonic() - began))
 
     def _read(self, version: int) -> Snapshot:
@@ -181,7 +181,10 @@ def _driven(folder: Path) -> bool | None:
         with suppress(OSError):
             held = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
             return any("FLOCK" in line and f":{lock.stat().st_ino} " in line for line in held)
-        os.kill(int(process), 0)
+        try:
+            os.kill(int(process), 0)
+        except PermissionError:  # of another user, and alive
+            return True
     except (OSError, ValueError):
         return False
     return True

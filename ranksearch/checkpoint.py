@@ -31,6 +31,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """What was written; raises :class:`ModelError` where it cannot be read."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its pickle holds
-        raise ModelError(f"cannot read the checkpoint {path}: {error}. Remove it to start afresh.") from error
+    except OSError as error:
+        raise ModelError(f"cannot read the checkpoint {path}: {error}. Check the file and the folder.") from error
+    except Exception as error:  # torch.load raises whatever its pickle holds; what it says is for programmers
+        raise ModelError(
+            f"cannot read the checkpoint {path}, it is damaged or none ({type(error).__name__}). Remove it to "
+            "start afresh."
+        ) from error
     return state

@@ -154,7 +154,7 @@ def _memory() -> Finding:
     free, total = page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # what the file cache holds is free too, where the system tells
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), free)
     found = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
     if free < _LEAST_MEMORY:
         return Finding(check="memory", state="warning", found=found, remedy="End other programs, or set few workers.")

@@ -77,6 +77,18 @@ class JobError(RanksearchError):
     """A job that cannot be sent, found or read."""
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says that is not empty; its kind where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+def first_line(error: BaseException, most: int = 240) -> str:
+    """The kind of an error and the first line of what it says, at most so many characters."""
+    kind, reason = type(error).__name__, reason_of(error)
+    return kind if reason == kind else f"{kind}: {reason}"[:most]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One mistake in a space file."""

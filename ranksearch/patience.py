@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from ranksearch.errors import reason_of
+
 T = TypeVar("T")
 Away = Callable[[Exception], bool]
 """Whether an error says that the storage is away (a lost connection, a full disk) rather than that it refused."""
@@ -76,4 +78,4 @@ class Patience:
 def _line(error: Exception) -> str:
     """The first line of what is behind an error."""
     cause = error.__cause__ or error
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return reason_of(cause)

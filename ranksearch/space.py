@@ -101,7 +101,9 @@ class PinnedSpec(Section):
     """A format and ranks a layer is fixed to."""
 
     format: str
+    """One of the formats, whether or not it is among those searched."""
     ranks: list[Positive]
+    """Its ranks, as many as the format has."""
 
 
 class RanksSpec(Section):
@@ -258,6 +260,7 @@ class FineTuneSpec(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training images, instead of ``steps``."""
     batch_images: Positive = 128
+    """Images of an optimiser step."""
     optimiser: Literal["adam", "sgd"] = "adam"
     """Adam with decoupled weight decay, or SGD with Nesterov momentum."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
@@ -267,6 +270,7 @@ class FineTuneSpec(Section):
     batch_norm: Literal["frozen", "batch"] = "frozen"
     """Statistics that batch norms use: those they have, or those of each batch, which the network then learns anew."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Of SGD added to the gradient; of Adam weights shrink by it, times the learning rate, at every step."""
     distill: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Weight of the divergence from the dense network's outputs; the rest weighs the labels."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
@@ -366,10 +370,12 @@ class TrackingSpec(Section):
     """MLflow."""
 
     enabled: bool = True
+    """Whether the search and its trials are logged to MLflow."""
     uri: str | None = None
     """A tracking server or database; a SQLite file beside the studies by default. A password is written ``${NAME}``,
     and read from that environment variable whenever a connection is made."""
     experiment: str = "ranksearch"
+    """MLflow's experiment that the search's run goes to; made where it does not exist."""
     max_runs: Positive = 1000
     """Trials from this number on get a run of their own only where they were on the front when they ended; the table
     among the artifacts has all of them."""
@@ -405,6 +411,7 @@ class Space(Section):
     tracking: TrackingSpec = TrackingSpec()
     job: JobSpec = JobSpec()
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of all that is drawn: proposals, pixels of the regression, batches of training."""
     deterministic: bool = True
     """Proposals in synchronous batches: the same seed gives the same trials with any number of workers."""
 

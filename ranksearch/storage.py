@@ -25,7 +25,7 @@ from optuna.storages.journal._storage import JournalOperation
 from optuna.study import StudyDirection
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 
-from ranksearch.errors import StudyError
+from ranksearch.errors import StudyError, reason_of
 from ranksearch.lock import FILE, DatabaseLock, lock_folder
 from ranksearch.patience import Patience
 from ranksearch.secrecy import redacted
@@ -205,7 +205,7 @@ class Store:
         except StorageInternalError as error:
             cause = error.__cause__ or error
             raise StudyError(
-                f"the storage {self._place} cannot be used: {str(cause).splitlines()[0]}. Check that it is up and has "
+                f"the storage {self._place} cannot be used: {reason_of(cause)}. Check that it is up and has "
                 "space left; a search that it stopped can be resumed."
             ) from error
 
@@ -234,13 +234,16 @@ class Store:
                     weakref.finalize(storage, storage.engine.dispose)  # else its connections are left to the collector
                     return storage
                 return JournalStorage(_Journal(journal))
-            except OSError as error:
-                raise StudyError(f"cannot open the study's storage {journal}: {error}. Check the folder.") from error
             except Exception as error:  # whatever a database driver raises
-                if self.url is None:
-                    raise
-                reason = str(error).splitlines()[0]
-                raise StudyError(f"cannot reach the storage {self._place}: {reason}. Check --storage.") from error
+                if self.url:
+                    raise StudyError(
+                        f"cannot reach the storage {self._place}: {reason_of(error)}. Check --storage."
+                    ) from error
+                if isinstance(error, OSError):
+                    raise StudyError(
+                        f"cannot open the study's storage {journal}: {error}. Check the folder."
+                    ) from error
+                raise
 
 
 class _TakenError(Exception):

@@ -23,7 +23,7 @@ from ranksearch.decompositions import (
     compressed_stages,
 )
 from ranksearch.decompositions.format import STABILISED
-from ranksearch.errors import ModelError, RankError, RankMapError, UnsupportedLayer
+from ranksearch.errors import ModelError, RankError, RankMapError, UnsupportedLayer, first_line
 from ranksearch.factors import factors_at, prepared_factors
 from ranksearch.rankmap import RankMap
 from ranksearch.rounding import round_weights, widths_of
@@ -213,9 +213,7 @@ def run_one(model: nn.Module, input_shape: Shape) -> Any:
         with torch.no_grad(), evaluating(model):
             return model(image)
     except Exception as error:  # a user's forward may raise anything
-        first_line = str(error).partition("\n")[0]
-        reason = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         raise ModelError(
-            f"the network must run on one image of shape {input_shape} (channels, height, width): {reason}. "
+            f"the network must run on one image of shape {input_shape} (channels, height, width): {first_line(error)}. "
             "Check data and model against each other."
         ) from error

@@ -148,7 +148,6 @@ def postgres() -> Iterator[Postgres]:
     """A PostgreSQL that runs; the test skips where its programs are not installed."""
     if _program("initdb") is None or _program("postgres") is None:
         pytest.skip("needs PostgreSQL's server (Debian: postgresql)")
-    pytest.importorskip("psycopg", reason="needs psycopg (pip install ranksearch[postgresql])")
     folder = Path(tempfile.mkdtemp(prefix="ranksearch-postgres-"))
     try:
         server = Postgres(folder)

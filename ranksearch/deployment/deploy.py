@@ -26,8 +26,8 @@ from ranksearch.deployment.int8 import ONNX_INT8
 from ranksearch.deployment.portable import ONNX, PT2, SAFETENSORS
 from ranksearch.deployment.pt2e import PT2_INT8
 from ranksearch.deployment.source import PYTHON
-from ranksearch.deployment.target import Job, Runner, Target, first_line
-from ranksearch.errors import ExportError, RanksearchError
+from ranksearch.deployment.target import Job, Runner, Target
+from ranksearch.errors import ExportError, RanksearchError, first_line
 from ranksearch.export import file_hash, load_compressed, read_compressed
 from ranksearch.factors import threads
 from ranksearch.handover import compress
@@ -304,6 +304,8 @@ def _check_same(found: Agreement, path: Path) -> None:
 def _runner(target: Target, job: Job, path: Path) -> Runner:
     try:
         return target.read(job, path)
+    except RanksearchError:
+        raise
     except Exception as error:  # whatever the library of a format raises
         raise ExportError(
             f"an export must be readable, {path.name} is not: {first_line(error)}. No file was left; choose another "

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ranksearch.deployment.target import Job, Runner, Target, first_line
-from ranksearch.errors import ExportError
+from ranksearch.deployment.target import Job, Runner, Target
+from ranksearch.errors import ExportError, first_line
 from ranksearch.export import load_compressed, save_compressed
 from ranksearch.latency.runtimes import quiet_exporter
 from ranksearch.rankmap import RankMap

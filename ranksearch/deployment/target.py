@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ranksearch.errors import ExportError
+from ranksearch.errors import ExportError, first_line
 from ranksearch.folding import Folded, folded
 from ranksearch.rankmap import RankMap
 from ranksearch.rounding import Range
@@ -82,9 +82,3 @@ class Target:
     """Whether the file must compute what the network does, up to rounding; else it is calibrated on images."""
     packages: tuple[str, ...] = ("torch",)
     """Whose versions the manifest records."""
-
-
-def first_line(error: BaseException, most: int = 240) -> str:
-    """The kind of an error and the first line of what it says that is not empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}"[:most] if lines else type(error).__name__

@@ -142,7 +142,8 @@ def _fit(foreman: Any, held: list[Any], spec: ResourcesSpec) -> str | None:
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             failures = [*getattr(error, "worker_failures", {}).values(), error]
-            return brief(str(failures[0]).strip().splitlines()[-1])
+            told = str(failures[0]).strip() or type(failures[0]).__name__
+            return brief(told.splitlines()[-1])
     return None
 
 

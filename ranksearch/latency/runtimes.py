@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ranksearch.errors import LatencyError
+from ranksearch.errors import LatencyError, first_line
 from ranksearch.surgery import channels_last
 
 Runtime = Literal["eager", "compile", "onnxruntime"]
@@ -53,9 +53,8 @@ def runner(module: nn.Module, images: Tensor, runtime: Runtime, *, threads: int 
                 called = torch.compile(own)
                 run()  # compiles; the errors of compilers are of many types
         except Exception as error:
-            first = str(error).strip().splitlines()[0]
             raise LatencyError(
-                f"torch.compile must be able to compile the network, found {type(error).__name__}: {first}. Install a "
+                f"torch.compile must be able to compile the network, found {first_line(error)}. Install a "
                 "C++ compiler, or take latency.runtime: eager."
             ) from error
     return run

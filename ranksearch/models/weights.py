@@ -67,10 +67,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot read the weights {path}: {error}. Check the file.") from error
-    except Exception as error:  # torch.load raises whatever unpickling a damaged file meets
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # torch.load raises whatever unpickling meets; what it says is for programmers
         raise ModelError(
-            f"cannot read the weights {path}: {reason} Give a safetensors file, or a state dict written by torch.save."
+            f"cannot read the weights {path}, it is damaged or of another kind ({type(error).__name__}). Give a "
+            "safetensors file, or a state dict written by torch.save."
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

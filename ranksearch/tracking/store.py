@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ranksearch.errors import TrackingError
+from ranksearch.errors import TrackingError, reason_of
 from ranksearch.secrecy import filled
 from ranksearch.space import TrackingSpec
 
@@ -134,7 +134,7 @@ def explained(uri: str) -> Iterator[None]:
     except TrackingError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].replace(uri, shown(uri))
+        reason = reason_of(error).replace(uri, shown(uri))
         raise TrackingError(
             f"the MLflow store {shown(uri)} cannot be used: {reason}. Check tracking.uri and that the store is up, "
             "leave tracking.uri out for a SQLite file beside the studies, or set tracking.enabled=false."

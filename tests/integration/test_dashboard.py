@@ -18,8 +18,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-pytest.importorskip("dash", reason="needs Dash: pip install 'ranksearch[dashboard]'")
-
 from dashboards.app import _others, _picture
 from dashboards.feed import Feed, _judged
 from dashboards.figures import DRAWN, front_of, thinned

@@ -203,7 +203,7 @@ class Odd(nn.Module):
 def test_any_graph_is_written_as_python(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Odd().eval()
-    rank_map = rank_map_for("odd", network, Odd.shape, {})  # type: ignore[arg-type]
+    rank_map = rank_map_for("odd", network, Odd.shape, {})
     job = Job(rank_map=rank_map, network=network, structure=network)
     file = tmp_path / "exported.py"
     TARGETS["python"].write(job, file)

@@ -422,7 +422,7 @@ def test_killed_drivers_lose_nothing(folder: Path, tmp_path: Path) -> None:
     done: list[Trial] = []
     for how, ended in (("search", 1), ("resume", 5), ("resume", 9)):
         before, done = done, stopped(folder, how, settings, ended, signal.SIGKILL)
-        assert done[: len(before)] == before or {t.number for t in before} <= {t.number for t in done}
+        assert {t.number for t in before} <= {t.number for t in done}
     study = resume("one", storage=folder)
     trials = {t.number: t for t in study.trials()}
     assert all(trials[t.number] == t for t in done), "no finished trial is lost or run again"

@@ -108,11 +108,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
 def test_ranges_are_those_of_the_simulation(written: tuple[Path, Job]) -> None:
     file, job = written
     held = {one.name: numpy_helper.to_array(one) for one in onnx.load(file).graph.initializer}
-    for name, known in (job.ranges or {}).items():
+    assert job.ranges
+    for name, known in job.ranges.items():
         if f"{name}.input_scale" in held:  # else another layer takes the same tensor
             assert held[f"{name}.input_scale"] == np.float32(known.scale)
             assert held[f"{name}.input_zero_point"] == known.zero_point
-    assert sum(name.endswith(".input_scale") for name in held) >= len(job.ranges or {}) - 1
+    assert sum(name.endswith(".input_scale") for name in held) >= len(job.ranges) - 1
     images = small_images(200, seed=7)
     with torch.no_grad():
         plain = job.network(images)

@@ -84,5 +84,7 @@ def test_versions_in_the_image_are_those_tested() -> None:
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name in re.findall(r"'\.\[([\w,]+)\]'", dockerfile)[0].split(","):
         assert name in extras
-    for source in re.findall(r"^COPY .*ray:users (.+) \S+$", dockerfile, re.MULTILINE):
+    sources = re.findall(r"^COPY .*ray:users (.+) \S+$", dockerfile, re.MULTILINE)
+    assert sources
+    for source in sources:
         assert all((REPOSITORY / Path(part)).exists() for part in source.split())

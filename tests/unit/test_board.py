@@ -40,6 +40,7 @@ def test_the_board_has_the_progress_the_best_at_the_targets_and_the_reason_of_fa
     for i, trial in enumerate(ended):
         board.take(replace(trial, end_ms=1_000_000 + 500 * i))
     assert board.per_second == pytest.approx(2.0)
+    assert [share for share, *_ in board.best()] == [0.9, 0.6, 0.01]
     for share, accuracy, number in board.best():
         if share == 0.01:
             assert (accuracy, number) == (None, None)

@@ -198,4 +198,8 @@ def test_every_key_is_described_in_the_schema() -> None:
     sections = {name: body for name, body in schema["$defs"].items() if "properties" in body}
     assert {"BudgetSpec", "RanksSpec", "StrategySpec"} <= sections.keys()
     assert all(body["additionalProperties"] is False for body in (schema, *sections.values()))
+    assert all(body["description"] for body in sections.values())
+    for body in (schema, *sections.values()):
+        bare = [key for key, of in body["properties"].items() if not {"description", "$ref"} & of.keys()]
+        assert not bare, "a key that is no section has a description of its own"
     assert schema["required"] == ["model"]

@@ -228,7 +228,7 @@ def test_fine_tuning_is_stochastic_gradient_descent(training: tuple[nn.Module, n
     theirs.load_state_dict(model.state_dict())
     theirs.train()
     loss = nn.functional.cross_entropy(theirs(to_input(few.train.images, few)), torch.as_tensor(few.train.labels))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert tuned(model, dense, few, spec) == pytest.approx(float(loss.detach()), rel=1e-5)
     for (name, ours), p in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert p.grad is not None
@@ -249,7 +249,7 @@ def test_adam_with_frozen_batch_norms(training: tuple[nn.Module, nn.Module, Data
     assert kept, "the network has batch norms"
     theirs.eval()
     loss = nn.functional.cross_entropy(theirs(to_input(few.train.images, few)), torch.as_tensor(few.train.labels))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert tuned(model, dense, few, spec) == pytest.approx(float(loss.detach()), rel=1e-5)
     for (name, ours), p in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert p.grad is not None

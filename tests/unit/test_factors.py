@@ -116,8 +116,7 @@ def test_a_stabiliser_lowers_the_sensitivity_within_its_bound(form: str, method:
     known = prepared(form)
     ranks = {"cp": (24,), "cp4": (24,), "tkd-cp": (8, 9, 20), "tensor-chain": (3, 5, 5)}[form]
     plain, stable = (
-        factors_at(form, CONV, known, ranks, StabiliseSpec(method=m, slack=1.1), None).report  # type: ignore[arg-type]
-        for m in ("none", method)
+        factors_at(form, CONV, known, ranks, StabiliseSpec(method=m, slack=1.1), None).report for m in ("none", method)
     )
     assert plain is not None
     assert stable is not None

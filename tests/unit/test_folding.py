@@ -125,9 +125,9 @@ def test_built_in_networks_compute_the_same(name: str) -> None:
 def test_any_network_computes_the_same(network: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = _lively(network())
-    images = _images(network.shape)  # type: ignore[arg-type]
+    images = _images(network.shape)
     before, state = model(images), {key: value.clone() for key, value in model.state_dict().items()}
-    found = folded(model, network.shape)  # type: ignore[arg-type]
+    found = folded(model, network.shape)
     for one, other in zip(found.model(images), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), "the model was changed"

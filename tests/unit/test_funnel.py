@@ -186,7 +186,7 @@ def test_gates_are_the_norms_of_the_filters() -> None:
 def test_filters_of_zeros_have_gates() -> None:
     net = small_net()
     with torch.no_grad():
-        net.body["plain"].weight[:, 2:] = 0  # type: ignore[union-attr]
+        net.body["plain"].weight[:, 2:] = 0
         net.tokens.weight[:] = 0
     network = gated(net)
     images = small_images(8)
@@ -440,7 +440,11 @@ def test_checkpoints_on_disk(made: Made, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="own checkpoint only"):
         made(seed=1).run(checkpoint=path)
     path.write_bytes(b"no checkpoint")
-    with pytest.raises(ModelError, match="cannot read the checkpoint"):
+    with pytest.raises(ModelError, match=r"cannot read the checkpoint.*Remove it to start afresh"):
+        made().run(checkpoint=path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ModelError, match=r"cannot read the checkpoint.*Check the file"):
         made().run(checkpoint=path)
 
 
@@ -465,7 +469,7 @@ def test_the_dense_network_stays_as_it_is(made: Made) -> None:
 def test_specs_that_cannot_be() -> None:
     for changes in ({"target": 0.0}, {"strength": 0.0}, {"c_start": 1e-5}, {"penalty_steps": 0}, {"threshold": -1.0}):
         with pytest.raises(ValueError, match="found "):
-            FunnelSpec(**changes)  # type: ignore[arg-type]
+            FunnelSpec(**changes)
 
 
 def test_targets_out_of_reach(made: Made) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ def given(table: PriceTable, ms: Callable[[Candidate], float], scale: float = 1.
 def test_every_runtime_times_candidates_and_networks(network: nn.Module, table: PriceTable, runtime: Any) -> None:
     depends = {"torch": "2"}
     if runtime == "onnxruntime":
-        depends[runtime] = pytest.importorskip(runtime, reason="takes ONNX Runtime").__version__
+        depends[runtime] = onnxruntime.__version__
     told: list[str] = []
     found = latencies(
         network, SHAPE, table, LatencySpec(runtime=runtime), threads=1, versions={"torch": "2", "mlflow": "3"},
@@ -107,6 +108,19 @@ def test_every_runtime_times_candidates_and_networks(network: nn.Module, table: 
 def test_compiled_networks_are_timed() -> None:
     run = runner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 8, 8), "compile")
     assert 0 < timed([run])[0] < 1000
+
+
+class Silent(nn.Module):
+    """Refuses every input without a word."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+
+@pytest.mark.slow
+def test_a_network_that_fails_without_a_word_is_refused() -> None:
+    with pytest.raises(LatencyError, match="AssertionError"):
+        runner(Silent(), torch.randn(1, 3, 8, 8), "compile")
 
 
 def test_the_clock_ranks_what_takes_longer() -> None:

@@ -272,7 +272,7 @@ def test_the_cache_tells_weights_and_statistics_apart(tmp_path: Path) -> None:
 
 def test_a_layer_with_broken_weights_is_left_dense_with_the_reason(tmp_path: Path) -> None:
     net = small_net()
-    net.body["plain"].weight.data[0, 0] = float("nan")  # type: ignore[index]
+    net.body["plain"].weight.data[0, 0] = float("nan")
     space = space_of()
     selection = select(space, net, SmallNet.shape)
     factors, failed = decompose(space, selection, net, {}, cache=tmp_path)
@@ -285,7 +285,7 @@ def test_a_layer_with_broken_weights_is_left_dense_with_the_reason(tmp_path: Pat
 
 def test_a_pinned_layer_that_cannot_be_decomposed_stops_the_search(tmp_path: Path) -> None:
     net = small_net()
-    net.body["plain"].weight.data[0, 0] = float("nan")  # type: ignore[index]
+    net.body["plain"].weight.data[0, 0] = float("nan")
     space = space_of(fix={"body.plain": {"format": "tucker2", "ranks": [2, 2]}})
     with pytest.raises(DecompositionError, match=r"body\.plain, which is pinned"):
         decompose(space, select(space, net, SmallNet.shape), net, {}, cache=tmp_path)

@@ -24,9 +24,9 @@ class Factors(nn.Module):
         with torch.no_grad():
             for first in (self.chain[0], self.head[0]):
                 spread = 10.0 ** torch.linspace(-2, 2, len(first.weight))  # type: ignore[arg-type]
-                first.weight.mul_(spread.reshape(-1, *[1] * (first.weight.ndim - 1)))  # type: ignore[union-attr,operator]
-                first.bias.mul_(spread)  # type: ignore[union-attr,operator]
-            self.head[1].weight.div_(spread)  # type: ignore[union-attr,operator]
+                first.weight.mul_(spread.reshape(-1, *[1] * (first.weight.ndim - 1)))
+                first.bias.mul_(spread)
+            self.head[1].weight.div_(spread)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.up(F.relu(self.chain(x))))
@@ -57,12 +57,12 @@ def _in_int8(head: nn.Sequential, x: Tensor) -> Tensor:
     """The two linear layers as int8 has them, by torch's own fake quantisation."""
     x = x.float()
     for layer in head:
-        weight = layer.weight.detach().float()  # type: ignore[union-attr,operator]
+        weight = layer.weight.detach().float()
         scale = weight.abs().amax(1) / 127
         weight = torch.fake_quantize_per_channel_affine(
             weight, scale, torch.zeros_like(scale, dtype=torch.int32), 0, -127, 127
         )
-        x = F.linear(x, weight, layer.bias.detach().float())  # type: ignore[union-attr,operator,arg-type]
+        x = F.linear(x, weight, layer.bias.detach().float())
         x = torch.fake_quantize_per_tensor_affine(x, float(x.detach().abs().max()) / 127, 0, -127, 127)
     return x
 
@@ -84,9 +84,9 @@ def test_equalised_factors_lose_less_in_int8() -> None:
 def test_dead_channels_stay_finite() -> None:
     model = _factors()
     with torch.no_grad():
-        model.head[0].weight[1] = 0  # type: ignore[index]
-        model.head[0].bias[1] = 0  # type: ignore[index]
-        model.head[1].weight[:, 2] = 0  # type: ignore[index]
+        model.head[0].weight[1] = 0
+        model.head[0].bias[1] = 0
+        model.head[1].weight[:, 2] = 0
     found, _ = equalised(model, Factors.shape, [_images()])
     assert all(bool(torch.isfinite(p).all()) for p in found.parameters())
     torch.testing.assert_close(found(_images()), model(_images()), rtol=1e-9, atol=1e-9)

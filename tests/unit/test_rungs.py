@@ -117,7 +117,7 @@ def test_the_least_dominated_that_adds_most_goes_on(seed: int) -> None:
         waiting = [a for a in low if a not in gone]
         assert depth[trial.proposal.choices] == min(depth[a] for a in waiting)
         known = [points[a] for a in low]
-        ends = [(min(column), max(column)) for column in zip(*known, strict=True)]  # type: ignore[arg-type]
+        ends = [(min(column), max(column)) for column in zip(*known, strict=True)]
         spans = [(high - least) or 1.0 for least, high in ends]
         worst = (ends[0][0] - 0.1 * spans[0], ends[1][1] + 0.1 * spans[1])
         rivals = [a for a in waiting if depth[a] == depth[trial.proposal.choices]]

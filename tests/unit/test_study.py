@@ -365,6 +365,8 @@ def test_storage_that_cannot_be_reached() -> None:
     with pytest.raises(StudyError) as caught:
         Store("nonsense://user:secret@host/x").names()
     assert "secret" not in str(caught.value)
+    with pytest.raises(StudyError, match="StorageInternalError"), Store(":memory:").explained():
+        raise optuna.exceptions.StorageInternalError  # says nothing
 
 
 def test_a_folder_that_cannot_be_written_is_left_as_it_was(tmp_path: Path) -> None:
