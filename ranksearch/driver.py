@@ -60,7 +60,8 @@ class Driver:
 
     Deterministic, proposals come in synchronous batches: the outcomes of a batch are looked at when all of them are
     there, so neither the number of workers nor their order matters. Nor does an interruption: the strategy sees every
-    proposal once, by its last try, and a batch is made complete before the next begins.
+    proposal once, by its last try, and a batch is made complete before the next begins. A try counts from where it goes
+    to a worker.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Driver:
             tasks, self._queue = self._queue[:limit], self._queue[limit:]
         else:
             tasks = self._propose(limit)
+        for task in tasks:
+            self._study.start(self._trials[task.number])
         return tasks or (WAIT if self._running else DONE)
 
     def done(self, task: Task, result: Outcome | Failure) -> None:
@@ -113,7 +116,7 @@ class Driver:
 
     def stop(self) -> None:
         """End what still runs, to be tried once more by a resume."""
-        self._study.recover(STOPPED)
+        self._study.recover(STOPPED, spared=True)
         for trial in self._study.trials():
             known = self._trials.get(trial.number)
             # Ctrl-C may have come when the study knew of a trial, and nobody else.
@@ -146,17 +149,26 @@ class Driver:
         if time.monotonic() > self._deadline:
             return []
         again = [self._latest[index] for index in sorted(self._again)[:count]]
+        whole = bool(again) and self._space.deterministic and self._has_ended_partly()
         tasks = [self._begin(trial.proposal, trial.index, trial.attempt + 1) for trial in again]
         while len(tasks) < count:
             index = len(self._latest)
             complete = bool(tasks) and self._space.deterministic and index % self._space.strategy.batch == 0
-            if index >= self._space.budget.trials or complete:
+            if index >= self._space.budget.trials or complete or whole:
                 break
             proposal = self._strategy.propose(self._study.setting.table, self._past)
             if isinstance(proposal, Signal):
                 break
             tasks.append(self._begin(proposal, index, 0))
         return tasks
+
+    def _has_ended_partly(self) -> bool:
+        """Whether some of the last batch is not to be tried again: then the batch was whole, a short one maybe.
+
+        No task is given out before all of a batch are proposed.
+        """
+        last, batch = len(self._latest) - 1, self._space.strategy.batch
+        return any(index not in self._again for index in range(last // batch * batch, last + 1))
 
     def _begin(self, proposal: Proposal, index: int, attempt: int) -> Task:
         trial = self._study.begin(proposal, index=index, attempt=attempt)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from math import inf
+from math import inf, log
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Literal
@@ -257,8 +257,15 @@ def _all_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
+def _strategy(space: Space, choices: Sequence[tuple[int, ...]], setting: Setting | None = None) -> Strategy:
+    """The space's strategy; with the setting, once there is one, for the limits that come from the dense network."""
     budget = space.budget
+    known: dict[str, float] = {}
+    if setting is not None:
+        known["worst_loss"] = log(max(2, setting.classes))
+        # On rungs candidates are seen before the training that may make up for a drop.
+        if budget.max_drop is not None and not space.strategy.rungs:
+            known["least_accuracy"] = max(0.0, setting.dense["accuracy_search"] - budget.max_drop / 100)
     terms = Terms(
         seed=space.seed,
         objectives=tuple(space.objectives),
@@ -266,6 +273,7 @@ def _strategy(space: Space, choices: Sequence[tuple[int, ...]]) -> Strategy:
         max_macs_ratio=budget.max_macs_ratio or inf,
         max_latency_ratio=budget.max_latency_ratio or inf,
         formats=tuple(space.formats),
+        **known,
     )
     return build_strategy(space.strategy, terms, seed_choices=choices)
 
@@ -333,7 +341,7 @@ def drive(
         if watch is not None:
             watch(study, trial)
 
-    driver = Driver(study, _strategy(study.space, choices), view=view, watch=ended)
+    driver = Driver(study, _strategy(study.space, choices, study.setting), view=view, watch=ended)
     status: Literal["FINISHED", "KILLED", "FAILED"] | None = "FAILED"
     try:
         if factory is not None:

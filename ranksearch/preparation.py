@@ -22,7 +22,7 @@ from ranksearch.calibration import collect, sample_outputs
 from ranksearch.conv import Conv
 from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
-from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
+from ranksearch.errors import BudgetError, DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of
 from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.latency import LatencyTable, latencies, rank_multiple, with_latencies
@@ -247,6 +247,13 @@ def settle(
     if space.latencies is not None:
         latencies = latencies_of(network, table, cache, notify)
         table = with_latencies(table, latencies, faster="latency" in space.objectives)
+        limit = space.budget.max_latency_ratio
+        if limit is not None and table.least_latency_ratio > limit:
+            raise BudgetError(
+                f"$.budget.max_latency_ratio must be reachable: it is {limit}, and the fastest rank map of this space "
+                f"is predicted to take {table.least_latency_ratio:.3f} of the dense network's latency. Raise it, allow "
+                "smaller ranks.ratios, or search more layers."
+            )
     notify("scoring the dense network", 0, 1)
     search, report = _dense_scores(network, cache)
     return Setting(

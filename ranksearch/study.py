@@ -153,6 +153,10 @@ class Study:
             start_ms=_ms(template.datetime_start),
         )
 
+    def start(self, trial: Trial) -> None:
+        """Note that a RUNNING trial goes to a worker: an interruption from now on may be its own doing."""
+        self._write(lambda _: self._storage.set_trial_user_attr(self._ids[trial.number], "started", True))
+
     def _made(self, index: int, attempt: int) -> int | None:
         """The storage's number of this try of a proposal, where it is there."""
         found = self._storage.get_all_trials(self._study_id, deepcopy=False)
@@ -178,7 +182,9 @@ class Study:
         if again and (found := self._storage.get_trial(trial_id)).state.is_finished():
             return self._trial(found)
         if isinstance(result, Failure):
-            retry = result.interrupted and (trial.attempt == 0 or self._moved_on(trial))
+            may = result.spared or trial.attempt <= self._spared(trial.index) or self._moved_on(trial)
+            retry = result.interrupted and may
+            self._storage.set_trial_user_attr(trial_id, "spared", result.spared)
             self._storage.set_trial_user_attr(trial_id, "reason", result.reason)
             self._storage.set_trial_user_attr(trial_id, "retry", retry)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -187,6 +193,11 @@ class Study:
             self._complete(trial_id, result, trial.proposal.fidelity)
         # As it is read ever after, by another driver too, the time of its end with it.
         return self._trial(self._storage.get_trial(trial_id))
+
+    def _spared(self, index: int) -> int:
+        """How many tries of a proposal do not count."""
+        found = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        return sum(t.user_attrs.get("index") == index and bool(t.user_attrs.get("spared")) for t in found)
 
     def _moved_on(self, trial: Trial) -> bool:
         """Whether a funnel run has left a checkpoint since this try began: then another one gets further."""
@@ -214,11 +225,11 @@ class Study:
         values = objective_values(outcome, tuple(self.space.objectives))
         self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, values)
 
-    def recover(self, reason: str = INTERRUPTED) -> list[Trial]:
+    def recover(self, reason: str = INTERRUPTED, *, spared: bool = False) -> list[Trial]:
         """End the trials that a killed or stopped driver left RUNNING; returns them.
 
         Those whose outcome was recorded, or is in the spool, are complete; the others fail for ``reason``, and are to
-        be tried once more.
+        be tried once more. ``spared``: that is not their doing, however often; nor is it of those that had not started.
         """
         self._write(lambda _: None)  # the spool is not another driver's
         spooled = self._spool.read()
@@ -227,7 +238,9 @@ class Study:
             if trial.state == "RUNNING":
                 recorded = self._write(partial(self._attrs, trial))
                 outcome = recorded.get("outcome")
-                result = spooled.get(trial.number, Failure(reason=reason, interrupted=True))
+                waited = not recorded.get("started", False)
+                ended_so = Failure(reason=reason, interrupted=True, spared=spared or waited)
+                result = spooled.get(trial.number, ended_so)
                 ended.append(self.finish(trial, result if outcome is None else Outcome.from_json(outcome)))
         self._spool.clear()
         return ended

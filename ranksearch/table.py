@@ -232,6 +232,12 @@ class PriceTable:
         """Predicted latency under these choices, as a share of the dense network's; 0 where none was measured."""
         return 0.0 if self.timing is None else (self.latency_ms(choices) or 0.0) / self.timing.dense_ms
 
+    @property
+    def least_latency_ratio(self) -> float:
+        """That of the fastest rank map."""
+        fastest = [min(range(len(x.candidates)), key=lambda i: x.candidates[i].latency_ms or 0.0) for x in self.layers]
+        return self.latency_ratio(fastest)
+
     def macs_ratio(self, choices: Sequence[int]) -> float:
         """MACs under these choices, as a share of the dense network's."""
         return self.macs(choices) / self.dense_macs

@@ -193,6 +193,8 @@ class Failure:
     interrupted: bool = False
     """Whether the trial was cut short from outside (a killed worker or driver) rather than by what it computed: such
     a proposal is tried once more."""
+    spared: bool = False
+    """Whether an interruption cannot have been the trial's doing: its try does not count."""
     exhausted: bool = False
     """Whether memory was short; an engine that runs several tasks side by side tries such a one once more, alone."""
 

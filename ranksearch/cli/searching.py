@@ -215,6 +215,14 @@ def _conclude(study: Study, storage: str | None, as_json: bool) -> None:
         complain(f"all {len(failed)} trials of {study.name} failed.{reason}")
         raise typer.Exit(1)
     if not study.front_trials(trials):
+        if all(trial.proposal.fidelity < 1 for trial in complete):
+            more = study.space.budget.trials + study.space.strategy.batch
+            complain(
+                f"a front needs a trial that was trained to the end, and none of {len(complete)} of {study.name} was: "
+                "the rungs of strategy.rungs promote one after trials of the rung below have ended. Go on with "
+                f"ranksearch resume {study.name} --trials {more}{_place(storage)}"
+            )
+            raise typer.Exit(1)
         limits = study.space.budget.model_dump(include={*LIMITS}, exclude_none=True)
         complain(f"none of {len(complete)} trials of {study.name} is within the budget's limits {limits}.")
         raise typer.Exit(1)
@@ -233,7 +241,7 @@ def _outlook(trials: list[Trial]) -> str:
     from ranksearch.strategies.auto import promise
 
     left = promise(trials)
-    return "" if left is None else f" More would enlarge the hypervolume by about {left:.1%} at most."
+    return "" if left is None else f" More are expected to enlarge the hypervolume by about {left:.1%}."
 
 
 def _next_commands(study: Study, storage: str | None) -> list[str]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ranksearch.comparison.result import slug_of
 from ranksearch.errors import Problem, SpaceError, StudyError
 from ranksearch.launch import read_space
@@ -125,8 +127,14 @@ def _bare(spec: StrategySpec) -> StrategySpec:
 
 def _unknown(space: Space, variant: Variant, address: str) -> list[Problem]:
     """What is wrong with the names of a strategy, its sampler or its price; what else is, its own search tells."""
+    searched = variant.space(space, space.seed, ())
     try:
-        read_space(variant.space(space, space.seed, ()))
+        Space.model_validate(searched.model_dump())
+        read_space(searched)
+    except ValidationError as error:
+        rules = [str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors()]
+        remedy = "Leave the strategy out, or change the space with --set."
+        return [Problem(address=address, rule=rule, value=repr(variant.label), remedy=remedy) for rule in rules]
     except SpaceError as error:
         price = "$.strategy.price" if variant.spec.price == space.strategy.price else address
         names = {"$.strategy.name": address, "$.strategy.sampler": address, "$.strategy.price": price}

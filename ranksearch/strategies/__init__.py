@@ -74,6 +74,10 @@ class Terms:
     """Rank maps with a larger share of the MACs are of no use."""
     max_latency_ratio: float = inf
     """Likewise of the dense network's latency."""
+    least_accuracy: float = 0.0
+    """Networks that are less accurate on the search images are of no use."""
+    worst_loss: float = inf
+    """Nor are those of a larger loss than a guess."""
     formats: tuple[str, ...] = ()
     """The space's formats; empty where they are not known."""
 
@@ -125,7 +129,7 @@ def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
 
 
 def _auto(spec: StrategySpec, terms: Terms) -> Strategy:
-    names = ("seed", "objectives", "targets", "max_macs_ratio", "max_latency_ratio")
+    names = ("seed", "objectives", "targets", "max_macs_ratio", "max_latency_ratio", "least_accuracy", "worst_loss")
     given = {name: getattr(terms, name) for name in names}
     return _built(Auto, spec, terms, **given)
 

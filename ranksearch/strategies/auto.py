@@ -10,14 +10,16 @@ are some. Running trials count with the loss that the model expects of them.
 
 The first proposals are those of ``knapsack`` at the targets, those of ``energy`` there, whose error goes by another
 measure, and the knapsack's spread over the MACs. From then on each carries its *promise*: how much larger the
-hypervolume would be were all of the drawn front tried and the draw right. Draws are optimistic, so the mean over the
-last proposals is an upper estimate of what more trials would bring; where it falls under ``min_gain``, the search ends.
+hypervolume would be were all of the drawn front tried and the draw right. The mean over the last proposals is what
+``auto`` expects of more trials; draws are optimistic, but it knows nothing of what is off its fronts. Where that falls
+under ``min_gain``, the search ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import inf
 from typing import Final
 
@@ -29,7 +31,7 @@ from ranksearch.strategies.hull import Cost, check_cost
 from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.strategies.ladder import Choices, Ladder
 from ranksearch.strategies.learned import LearnedPrices
-from ranksearch.strategies.random import step_to_new
+from ranksearch.strategies.random import steps_from
 from ranksearch.table import PriceTable
 from ranksearch.trial import DONE, Proposal, Signal, Trial
 
@@ -59,6 +61,10 @@ class Auto:
     targets: tuple[float, ...] = ()
     max_macs_ratio: float = inf
     max_latency_ratio: float = inf
+    least_accuracy: float = 0.0
+    """On the search images, as the budget's ``max_drop`` allows it; heeded where the accuracy is an objective."""
+    worst_loss: float = inf
+    """That of a guess: networks with more are not looked for."""
     price: str = PRICE
     cost: Cost = "macs"
     """What the front is against: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
@@ -76,7 +82,7 @@ class Auto:
 
     def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
         """The next rank map, or DONE."""
-        known = set(tried(trials))  # a copy: more is noted below
+        known = tried(trials)
         if len(known) >= table.size:
             return DONE
         made, first = proposals_made(trials, NAME), max(self.first, 2 * len(self.targets))
@@ -97,6 +103,8 @@ class Auto:
             price=self.price,
             cost=self.cost,
             objectives=self.objectives,
+            least_accuracy=self.least_accuracy,
+            worst_loss=self.worst_loss,
             **limits,
         )
         for attempt in range(ATTEMPTS):
@@ -106,12 +114,9 @@ class Auto:
                 choices, share = found
                 return Proposal(choices=choices, origin=NAME, note={PROMISE: share} if share < inf else {})
         rng = np.random.default_rng([self.seed, index, ATTEMPTS])
-        start = model.incumbent(rng)
-        for _ in range(min(STEPS, table.size - len(known))):
-            choices = step_to_new(table, start, known, rng)
-            if model.allowed(choices):
-                return Proposal(choices=choices, origin=NAME)
-            known.add(choices)
+        for choices in islice(steps_from(table, model.incumbent(rng), rng), STEPS + len(known)):
+            if choices not in known and model.allowed(choices):
+                return Proposal(choices=choices, origin=NAME, note={PROMISE: 0.0})
         return DONE
 
     def _unlearned(
@@ -128,7 +133,7 @@ class Auto:
 
 
 def promise(trials: Sequence[Trial]) -> float | None:
-    """By how much more trials would enlarge the hypervolume, as a share of it, at most and by what ``auto`` expects.
+    """By how much more trials would enlarge the hypervolume, as a share of it, by what ``auto`` expects.
 
     None while fewer than :data:`PROMISES` proposals have said so.
     """

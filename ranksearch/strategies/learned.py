@@ -42,6 +42,8 @@ NOISE: Final = 0.1
 """Standard deviation of a loss, as a share of what it is above the least one."""
 LEAST_NOISE: Final = 0.01
 """The same as a share of the largest loss, at least."""
+AT_THE_LIMIT: Final = 1e-6
+"""What a network is worth, in accuracy, that is just as good as the budget's limit asks for."""
 LEAST_WEIGHT: Final = 0.05
 """Smallest weight, as a multiple of s: no error is for nothing."""
 
@@ -83,6 +85,10 @@ class _Quality:
 
     accuracy: bool
     """Whether the objective is the accuracy; else it is the loss."""
+    least_accuracy: float = 0.0
+    """The budget's limit, where the accuracy is the objective: what has less is of no use."""
+    worst_loss: float = inf
+    """That of a guess: what has more is of no use."""
 
     def of(self, trial: Trial) -> float | None:
         """Of a complete trial: the negative logarithm of its accuracy, or its loss. Less is better."""
@@ -97,7 +103,9 @@ class _Quality:
 
     def worst(self, z: Floats) -> float:
         """What every point of a front is better than."""
-        return 1.0 if self.accuracy else float(z.max(initial=0.0))
+        if self.accuracy:
+            return 1.0 - self.least_accuracy + AT_THE_LIMIT if self.least_accuracy > 0 else 1.0
+        return min(float(z.max(initial=0.0)), self.worst_loss)
 
 
 class LearnedPrices:
@@ -113,9 +121,11 @@ class LearnedPrices:
         objectives: Sequence[str],
         max_macs_ratio: float = inf,
         max_latency_ratio: float = inf,
+        least_accuracy: float = 0.0,
+        worst_loss: float = inf,
     ) -> None:
         self.prices = _prices(table, price, cost)
-        self.quality = _Quality(accuracy="accuracy" in objectives)
+        self.quality = _Quality(accuracy="accuracy" in objectives, least_accuracy=least_accuracy, worst_loss=worst_loss)
         self.limit, self.slowest = table.dense_macs * max_macs_ratio, max_latency_ratio
         self.table, self.layers = table, len(table.layers)
         self.whole, self.other = map(float, whole_cost(table, cost))
@@ -165,11 +175,12 @@ class LearnedPrices:
             return
         x = np.stack([self.features(choices) for choices in self.maps])
         low, high = float(self.losses.min()), float(self.losses.max())
-        noise = NOISE * (self.losses - low) + LEAST_NOISE * max(high - low, 1e-9)
+        span = (high - low) or 1.0
+        noise = NOISE * (self.losses - low) + LEAST_NOISE * span
         mixed = bool(x[:, -1].any())
         self.scale = _slope(x[:, 1], self.losses, noise) / (1 + mixed)
         spread = np.full(size, LAYER_SPREAD * self.scale)
-        spread[0], spread[1] = max(high - low, 1e-9), self.scale
+        spread[0], spread[1] = span, self.scale
         spread[2 + self.layers : -1] = FORMAT_SPREAD * self.scale
         prior = np.zeros(size)
         prior[0], prior[1] = low, self.scale
@@ -198,8 +209,9 @@ class LearnedPrices:
     ) -> tuple[Choices, float] | None:
         """Of the front under these weights the new rank map that adds most hypervolume; None where all are known.
 
-        With a ``target``, a share of the MACs, it is the dearest within that. With it goes what all of them would add,
-        as a share of the hypervolume that there is: what the trials to come would gain, were these the weights.
+        With a ``target``, a share of the MACs, it is the dearest within that, unless it would be of no use. Where none
+        is expected to be of use, it is the one that lacks least. With it goes what all of them would add, as a share of
+        the hypervolume that there is: what the trials to come would gain, were these the weights.
         """
         added = self.weighted(weights)
         new = self._rows([c for c in predicted_front(self.prices.costs, added) if c not in known])
@@ -219,9 +231,11 @@ class LearnedPrices:
         there = area(front, reference)
         promise = area(np.concatenate([front, points]), reference) / there - 1 if there > 0 else inf
         merit = gains(points, front, reference)
+        if not merit.any():
+            merit = -np.abs(points[:, 1] - reference[1])
         if target is not None:
             macs = self._totals(new, self.macs) + self.table.other_macs
-            within = macs <= target * self.table.dense_macs
+            within = (macs <= target * self.table.dense_macs) & (points[:, 1] < reference[1])
             merit = np.where(within, macs, -1.0) if within.any() else merit
         return tuple(new[int(np.argmax(merit))].tolist()), promise
 
@@ -248,7 +262,12 @@ class LearnedPrices:
 
 
 def _slope(x: Floats, z: Floats, noise: Floats) -> float:
-    """Of a line through the points ``(N,)``, weighted by their noise; where it does not rise, that of their ranges."""
+    """Of a line through the points ``(N,)``, weighted by their noise; where it does not rise, that of their ranges.
+
+    1 where all the points have one x: they say nothing of it.
+    """
+    if not np.ptp(x) > 0:
+        return 1.0
     centred = x - np.average(x, weights=noise**-2)
     slope = float((noise**-2 * centred * z).sum() / max((noise**-2 * centred**2).sum(), 1e-300))
     rise = float(np.ptp(z)) / max(float(np.ptp(x)), 1e-12)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections import deque
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,6 +36,26 @@ class Random:
             if choices not in known:
                 return Proposal(choices=choices, origin=NAME)
         return Proposal(choices=step_to_new(table, choices, known, rng), origin=NAME)
+
+
+def steps_from(table: PriceTable, choices: tuple[int, ...], rng: np.random.Generator) -> Iterator[tuple[int, ...]]:
+    """Every rank map of a table, ``choices`` first, those before that are fewer steps away.
+
+    A step changes one layer by one candidate; in which order those of a rank map are taken is drawn.
+    """
+    counts = [len(layer.candidates) for layer in table.layers]
+    steps = [(layer, step) for layer, count in enumerate(counts) if count > 1 for step in (-1, 1)]
+    seen, waiting = {choices}, deque([choices])
+    while waiting:
+        here = waiting.popleft()
+        yield here
+        for i in rng.permutation(len(steps)):
+            layer, step = steps[i]
+            if 0 <= here[layer] + step < counts[layer]:
+                there = (*here[:layer], here[layer] + step, *here[layer + 1 :])
+                if there not in seen:
+                    seen.add(there)
+                    waiting.append(there)
 
 
 def step_to_new(

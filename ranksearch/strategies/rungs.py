@@ -104,7 +104,8 @@ class Rungs:
             gone = {trial.index for trial in first}
             remaining = [trial for trial in remaining if trial.index not in gone]
         reference = _beyond(list(points.values()))
-        went = [points[trial.index] for trial in ended if trial.index not in waiting]
+        gone_on = [points[trial.index] for trial in ended if trial.index not in waiting]
+        went = [gone_on[i] for i in non_dominated(gone_on)]
         return max(layer, key=lambda trial: (hypervolume([*went, points[trial.index]], reference), -trial.index))
 
     def _point(self, trial: Trial) -> Point:

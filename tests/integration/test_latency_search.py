@@ -85,5 +85,9 @@ def test_a_search_by_latency(
         assert trial.outcome is not None
         assert trial.outcome.latency_ms is not None
         assert trial.feasible == (trial.outcome.latency_ms <= limit * timing.dense_ms)
+    run("search", "fast.yaml", "--study", "none", "--set", "latency.table=board.json",
+        "--set", "budget.max_latency_ratio=0.0001", code=1)  # fmt: skip
+    assert "$.budget.max_latency_ratio must be reachable: it is 0.0001" in capsys.readouterr().err
+    assert "none" not in Store(None).names()
     run("search", "fast.yaml", "--set", "latency.table=nowhere.json", code=2)
     assert "must be a file that `ranksearch latency` wrote" in capsys.readouterr().err

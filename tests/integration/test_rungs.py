@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def test_the_same_trials_whether_interrupted_or_not(study: Study, folder: Path) 
 def test_the_same_trials_on_ray(study: Study, folder: Path) -> None:
     ray = ["resources.engine=ray", "resources.workers=2"]
     assert found(searched(folder, UNTRACKED, *ray, trials=14, name="on-ray")) == found(study)
+
+
+def test_a_search_too_short_for_a_promotion_says_how_to_go_on(folder: Path) -> None:
+    settings = [*RUNGS, UNTRACKED, "budget.trials=4", "strategy.rungs=[0]"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    place = ["--storage", str(folder)]
+    ended = CliRunner().invoke(app, ["search", str(QUICKSTART), "--study", "short", "--quiet", *arguments, *place])
+    assert ended.exit_code == 1
+    assert "none of 4 of short was" in ended.output
+    (command,) = re.findall(r"ranksearch (resume short --trials 8)", " ".join(ended.output.split()))
+    again = CliRunner().invoke(app, [*command.split(), "--quiet", *place])
+    assert again.exit_code == 0, again.output
+    assert Store(folder).open("short").front_trials()
 
 
 def test_mlflow_and_the_table_say_how_much_each_was_trained(study: Study, folder: Path) -> None:

@@ -35,8 +35,10 @@ def accuracy(table: PriceTable, choices: tuple[int, ...], seed: int) -> float:
     return float(0.1 + 0.82 * np.exp(-0.3 * errors.sum() - 0.1 * (errors[1:] * errors[:-1]).sum()))
 
 
-def searched(name: str, table: PriceTable, trials: int, seed: int, terms: Terms) -> list[Trial]:
-    """The trials of a search in batches of four."""
+def searched(
+    name: str, table: PriceTable, trials: int, seed: int, terms: Terms, *, least_accuracy: float = 0.0
+) -> list[Trial]:
+    """The trials of a search in batches of four; those of less accuracy break a limit."""
     strategy = build_strategy(StrategySpec(name=name, price=PREDICTED), terms)
     found: list[Trial] = []
     while len(found) < trials:
@@ -45,7 +47,12 @@ def searched(name: str, table: PriceTable, trials: int, seed: int, terms: Terms)
             proposal = strategy.propose(table, [*found, *batch])
             assert isinstance(proposal, Proposal)
             batch.append(Trial(number=i, index=i, proposal=proposal, state="RUNNING"))
-        found += [complete(table, trial.proposal, trial.number, seed) for trial in batch]
+        ended = [complete(table, trial.proposal, trial.number, seed) for trial in batch]
+        found += [
+            replace(trial, constraints=(least_accuracy - trial.outcome.accuracy_search,))
+            for trial in ended
+            if trial.outcome is not None
+        ]
     return found
 
 
@@ -82,6 +89,92 @@ def test_nothing_beyond_the_limit_is_tried_and_the_targets_come_first() -> None:
     assert max(ratios) <= 0.6
     assert 0.45 < ratios[0] <= 0.5
     assert 0.35 < ratios[1] <= 0.4
+
+
+@pytest.mark.parametrize("targets", [(), (0.7, 0.2)])
+@pytest.mark.parametrize("lost", [0.005, 0.02, 0.05])
+def test_what_loses_more_than_the_budget_allows_is_not_looked_for(lost: float, targets: tuple[float, ...]) -> None:
+    table = price_table(8, 10)
+    least = accuracy(table, table.dense, 0) - lost
+    terms = Terms(seed=0, objectives=OBJECTIVES, targets=targets, least_accuracy=least)
+    trials = searched("auto", table, 48, 0, terms, least_accuracy=least)
+    kept = [trial.feasible for trial in trials[12:]]
+    assert sum(kept) >= len(kept) // 3, "most of what is learned from lies around the limit"
+    free = searched("auto", table, 48, 0, replace(terms, least_accuracy=0.0), least_accuracy=least)
+    assert sum(kept) > 2 * sum(trial.feasible for trial in free[12:])
+    cheapest = min(t.outcome.macs for t in trials if t.feasible and t.outcome)
+    knapsack = searched("knapsack", table, 48, 0, terms, least_accuracy=least)
+    assert cheapest < min(t.outcome.macs for t in knapsack if t.feasible and t.outcome)
+
+
+@pytest.mark.parametrize("level", [1.0, 0.9, 0.1])
+def test_trials_that_are_all_alike_are_learned_from(level: float) -> None:
+    table = price_table(6, 8)
+    alike = [
+        replace(
+            trial,
+            proposal=replace(trial.proposal, origin="auto"),
+            outcome=replace(trial.outcome, accuracy_search=level),
+        )
+        for trial in searched("random", table, 14, 0, Terms(seed=0, objectives=OBJECTIVES))
+        if trial.outcome is not None
+    ]
+    strategy = build_strategy(StrategySpec(name="auto", price=PREDICTED), Terms(seed=0, objectives=OBJECTIVES))
+    assert isinstance(strategy.propose(table, alike), Proposal)
+
+
+def test_prices_that_are_all_alike_are_learned_from() -> None:
+    table = price_table(6, 8)
+    layers = [
+        replace(
+            layer,
+            candidates=tuple(replace(c, prices=(("loss", 0.0 if c.dense else 0.3),)) for c in layer.candidates),
+        )
+        for layer in table.layers
+    ]
+    table = replace(table, layers=tuple(layers))
+    rng = np.random.default_rng(0)
+    maps = [tuple(row) for row in rng.integers(0, 7, (14, 6)).tolist()]
+    trials = [complete(table, Proposal(choices=choices, origin="auto"), i) for i, choices in enumerate(maps)]
+    strategy = build_strategy(StrategySpec(name="auto", price="loss"), Terms(seed=0, objectives=OBJECTIVES))
+    assert isinstance(strategy.propose(table, trials), Proposal)
+
+
+def test_networks_worse_than_a_guess_are_not_looked_for() -> None:
+    """Where the objective is the loss, which has no end."""
+    table, guess = price_table(8, 10), np.log(10.0)
+
+    def lossy(proposal: Proposal, number: int) -> Trial:
+        loss = float(-4 * np.log(accuracy(table, proposal.choices, 0)))
+        outcome = Outcome(accuracy_search=0.5, loss=loss, macs=table.macs(proposal.choices), params=1, seconds=0.0)
+        values = objective_values(outcome, ("loss", "macs"))
+        return Trial(number=number, index=number, proposal=proposal, state="COMPLETE", outcome=outcome, values=values)
+
+    useless = []
+    for worst in (inf, guess):
+        terms = Terms(seed=0, objectives=("loss", "macs"), worst_loss=worst)
+        strategy = build_strategy(StrategySpec(name="auto", price=PREDICTED), terms)
+        trials: list[Trial] = []
+        for i in range(48):
+            proposal = strategy.propose(table, trials)
+            assert isinstance(proposal, Proposal)
+            trials.append(lossy(proposal, i))
+        useless.append(sum(t.outcome.loss > guess for t in trials[12:] if t.outcome))
+    assert useless[1] < useless[0] / 2
+
+
+def test_one_layer_with_many_candidates_ends_quickly_where_all_within_the_limit_were_tried() -> None:
+    """By the walk that it takes the place of, one such proposal took minutes."""
+    table = price_table(1, 300)
+    terms = Terms(seed=0, objectives=OBJECTIVES, max_macs_ratio=0.5)
+    strategy = build_strategy(StrategySpec(name="auto", price=PREDICTED), terms)
+    within = [(i,) for i in range(300) if table.macs_ratio((i,)) <= 0.5]
+    trials = [complete(table, Proposal(choices=c, origin="auto"), i) for i, c in enumerate(within[:-1])]
+    proposal = strategy.propose(table, trials)
+    assert isinstance(proposal, Proposal)
+    assert proposal.choices == within[-1]
+    trials.append(complete(table, proposal, len(trials)))
+    assert strategy.propose(table, trials) is DONE
 
 
 def test_every_target_is_tried_by_the_price_and_by_energy() -> None:

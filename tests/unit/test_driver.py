@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ranksearch.driver import STOPPED, Driver
@@ -16,7 +17,8 @@ from ranksearch.space import ResourcesSpec, Space
 from ranksearch.storage import Store
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.study import Study
-from ranksearch.trial import DONE, WAIT, Failure, Outcome, Signal, Task, Trial
+from ranksearch.table import PriceTable
+from ranksearch.trial import DONE, WAIT, Failure, Outcome, Proposal, Signal, Task, Trial
 from tests.studies import TABLE, Lookup, setting_of, space_of
 from tests.tables import table_outcome
 
@@ -200,19 +202,69 @@ def test_killed_between_two_proposals_of_a_batch(tmp_path: Path) -> None:
     assert proposals(run(study)) == proposals(expected)
 
 
-def test_stopping_twice_loses_the_proposal_that_was_stopped_twice(tmp_path: Path) -> None:
+def test_stopping_loses_no_proposal(tmp_path: Path) -> None:
     study = created(tmp_path, space(trials=6))
-    for _ in range(2):
+    for _ in range(3):
         driver = driver_of(study)
         task = taken(driver)[0]
         assert study.trials()[task.number].index == 0
         driver.stop()
-    assert [(t.index, t.attempt, t.state) for t in study.trials() if t.index == 0] == [(0, 0, "FAIL"), (0, 1, "FAIL")]
+    assert [(t.attempt, t.state) for t in study.trials() if t.index == 0] == [(i, "FAIL") for i in range(3)]
     assert {t.reason for t in study.trials()} == {STOPPED}
+    assert proposals(run(study)) == proposals(run(created(tmp_path, space(trials=6), "whole")))
+
+
+def test_a_proposal_is_lost_by_two_kills_only_if_it_ran_in_both(tmp_path: Path) -> None:
+    """The first of a batch is with a worker when the driver is killed; the others wait for their turn."""
+    study = created(tmp_path, space(trials=6))
+    for _ in range(2):
+        assert [task.index for task in taken(driver_of(study), 1)] == [0]
+        study.recover()
     run(study)
-    trials = study.trials()
-    assert max(t.attempt for t in trials) == 1
-    assert {t.index for t in trials if t.state == "COMPLETE"} | {0, 1, 2, 3} == set(range(6))
+    ends = {t.index: t.state for t in study.trials()}
+    assert ends == {0: "FAIL"} | dict.fromkeys(range(1, 6), "COMPLETE")
+    assert [t.retry for t in study.trials() if t.index == 0] == [True, False]
+
+    # A kill that came before it ran leaves it both of its tries.
+    other = created(tmp_path, space(trials=6), "other")
+    taken(driver_of(other), 1)
+    other.recover()
+    taken(driver_of(other), 2)
+    other.recover()
+    run(other)
+    assert [(t.attempt, t.state) for t in other.trials() if t.index == 1] == [
+        (0, "FAIL"),
+        (1, "FAIL"),
+        (2, "COMPLETE"),
+    ]
+
+
+def test_a_short_batch_is_not_made_longer_by_an_interruption(tmp_path: Path) -> None:
+    """A strategy that waits for running trials in the middle of a batch does so again after a kill."""
+
+    class Waiting:
+        """Random rank maps, two by two."""
+
+        def propose(self, table: PriceTable, trials: Sequence[Trial]) -> Proposal | Signal:
+            if sum(trial.state == "RUNNING" for trial in trials) == 2:
+                return WAIT
+            ended = sum(trial.state == "COMPLETE" for trial in trials)
+            rng = np.random.default_rng([ended, len(trials)])
+            choices = tuple(int(rng.integers(len(layer.candidates))) for layer in table.layers)
+            return Proposal(choices=choices, origin="waiting")
+
+    found = []
+    for name in ("whole", "killed"):
+        study = created(tmp_path, space(trials=7), name)
+        driver = Driver(study, Waiting())
+        if name == "killed":
+            first, _ = taken(driver, 4)
+            driver.done(first, table_outcome(TABLE, first.choices))
+            study.recover()
+            driver = Driver(study, Waiting())
+        build_engine(ResourcesSpec()).run(Lookup(), driver)
+        found.append(proposals(study))
+    assert found[0] == found[1]
 
 
 def test_extending_goes_on_with_new_proposals(tmp_path: Path) -> None:
