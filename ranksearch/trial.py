@@ -265,7 +265,8 @@ def constraints(outcome: Outcome, budget: BudgetSpec, dense: Mapping[str, float]
         limits["max_latency_ratio"] = outcome.latency_ms / dense["latency_ms"] - budget.max_latency_ratio
     if budget.max_drop is not None:
         limits["max_drop"] = 100 * (dense["accuracy_search"] - outcome.accuracy_search) - budget.max_drop
-    return limits
+    # What lies right at a limit keeps it, however the difference was rounded.
+    return {name: round(over, 10) for name, over in limits.items()}
 
 
 NORMAL: Final = 1.959963984540054

@@ -13,7 +13,7 @@ better than either alone. The worse a trial the less it matters by how much, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isfinite, log
@@ -205,7 +205,7 @@ class LearnedPrices:
         return found
 
     def best(
-        self, weights: Floats, known: set[Choices], *, target: float | None = None
+        self, weights: Floats, known: Set[Choices], *, target: float | None = None
     ) -> tuple[Choices, float] | None:
         """Of the front under these weights the new rank map that adds most hypervolume; None where all are known.
 

@@ -221,6 +221,21 @@ def test_report_images_decide_nothing(folder: Path, tmp_path: Path) -> None:
         assert choose(honest, **rule).number == choose(spoilt, **rule).number
 
 
+@pytest.mark.slow
+def test_auto_keeps_to_the_drop_that_is_allowed(folder: Path) -> None:
+    auto = ["strategy.name=auto", "strategy.options={first: 4}", "strategy.price_images=32", UNTRACKED]
+    limited = searched(folder, *auto, "budget.max_drop=1", trials=16)
+    free = searched(folder, *auto, trials=16, name="free")
+    least = limited.setting.dense["accuracy_search"] - 0.01
+    kept, by_chance = (
+        sum(t.outcome is not None and t.outcome.accuracy_search >= least - 1e-9 for t in study.trials()[4:])
+        for study in (limited, free)
+    )
+    assert kept == sum(trial.feasible for trial in limited.trials()[4:])
+    assert kept >= 4
+    assert kept > by_chance
+
+
 def test_splits_are_disjoint(folder: Path) -> None:
     data = load_data(DATA, cache=folder / "cache", seed=0)
     sets = [{image.tobytes() for image in split.images} for split in (data.train, data.search, data.report)]

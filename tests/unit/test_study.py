@@ -152,7 +152,7 @@ def test_constraints_hold_at_the_limit_itself() -> None:
     over = replace(at, macs=at.macs + int(0.01 * dense["macs"]), accuracy_search=at.accuracy_search - 0.01)
     limits, broken = study.constraints(at), study.constraints(over)
     assert limits["max_macs_ratio"] <= 0
-    assert limits["max_drop"] == pytest.approx(0, abs=1e-9)
+    assert limits["max_drop"] <= 0, "0.45 is 45 points, whatever the rounding"
     assert broken["max_macs_ratio"] == pytest.approx(0.01, abs=1e-4)
     assert broken["max_drop"] == pytest.approx(1.0)
 
