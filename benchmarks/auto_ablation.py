@@ -136,7 +136,8 @@ def shown(values: list[float], digits: int) -> str:
     if not there:
         return "none"
     count = "" if len(there) == len(values) else f"({len(there)}) "
-    return f"{count}{np.mean(there):.{digits}f} ± {np.ptp(there) / 2:.{digits}f}"
+    spread = f" ± {np.ptp(there) / 2:.{digits}f}" if len(there) > 1 else ""
+    return f"{count}{np.mean(there):.{digits}f}{spread}"
 
 
 def row(words: str, studies: list[Study]) -> str:

@@ -5,15 +5,19 @@ of data as ``search_spaces/resnet20-cifar10.yaml`` describes it. Trials that the
 
 Both searches are that space's with its four targets, in ``auto``, 78 steps of training for a candidate: one trains
 every candidate, the other has ``strategy.rungs: [0]``, which scores them untrained and trains a quarter. The search
-without rungs is cut where its trials have taken as long as all of the other's. What is compared is what was trained to
-the end: hypervolume on the search images, and report accuracies of what those choose within the targets.
+without rungs is cut where its trials have cost as much as all of the other's. A trial that trains costs as many of the
+others as the median of its seconds says, both of the search with rungs, where they alternate, so that what else the
+machine does weighs on both alike. What is compared is what was trained to the end: hypervolume on the search images,
+and report accuracies of what those choose within the targets.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
+from statistics import median
 
 from benchmarks.auto_ablation import SPACE, TARGETS, shown
 from ranksearch.launch import resume, search
@@ -26,7 +30,7 @@ STEPS = 78
 RUNGS = "rungs: [0]"
 EVERY = "every candidate trained"
 TRIALS = {RUNGS: 60, EVERY: 24}
-"""Enough of the second to take as long as the first."""
+"""Enough of the second to cost as much as the first."""
 
 
 def searched(words: str, seed: int, storage: Path) -> Study:
@@ -51,20 +55,19 @@ def searched(words: str, seed: int, storage: Path) -> Study:
     return search(SPACE, settings=settings, storage=storage, name=name)
 
 
-def within(trials: Sequence[Trial], seconds: float) -> list[Trial]:
-    """The trials that had ended when all before them had taken so long."""
-    found, taken = [], 0.0
-    for trial in trials:
-        taken += 0.0 if trial.outcome is None else trial.outcome.seconds
-        if taken > seconds:
-            break
-        found.append(trial)
-    return found
+def price_of_training(trials: Sequence[Trial]) -> float:
+    """How many untrained trials a trained one costs."""
+    seconds = [
+        [t.outcome.seconds for t in trials if t.outcome is not None and (t.proposal.fidelity == 1) == trained]
+        for trained in (False, True)
+    ]
+    return median(seconds[1]) / median(seconds[0])
 
 
-def seconds_of(trials: Sequence[Trial]) -> float:
-    """What the trials took together."""
-    return sum(trial.outcome.seconds for trial in trials if trial.outcome is not None)
+def within(trials: Sequence[Trial], cost: float, training: float) -> list[Trial]:
+    """The first trials, as many as cost so many untrained ones at most."""
+    costs = accumulate(training if trial.proposal.fidelity == 1 else 1.0 for trial in trials)
+    return [trial for trial, spent in zip(trials, costs, strict=True) if spent <= cost * (1 + 1e-9)]
 
 
 def main() -> None:
@@ -75,27 +78,29 @@ def main() -> None:
     arguments = parser.parse_args()
     pairs = [{words: searched(words, seed, arguments.storage) for words in TRIALS} for seed in arguments.seeds]
     print("# What rungs bring\n\n`python -m benchmarks.rungs` says in its first lines what is done.\n")
-    print(f"| minutes in trials | | trained | {' | '.join(f'{t:.2f}' for t in TARGETS)} | hypervolume |")
-    print(f"|---|---|{'---:|' * 6}")
+    training = [price_of_training(pair[RUNGS].trials()) for pair in pairs]
+    print(f"A trained trial cost {shown(training, 1)} untrained ones.\n")
+    print(f"| cost | | trials | trained | {' | '.join(f'{t:.2f}' for t in TARGETS)} | hypervolume |")
+    print(f"|---|---|{'---:|' * 7}")
     for share in (0.5, 1.0):
         for words in TRIALS:
-            counts, volumes, minutes = [], [], []
+            made, counts, volumes = [], [], []
             accuracies: list[list[float]] = [[] for _ in TARGETS]
-            for pair in pairs:
-                seconds = share * seconds_of(pair[RUNGS].trials())
-                whole = [t for t in within(pair[words].trials(), seconds) if t.proposal.fidelity == 1]
+            for pair, price in zip(pairs, training, strict=True):
+                levels = [trial.proposal.fidelity for trial in pair[RUNGS].trials()]
+                cost = share * (levels.count(0.0) + price * levels.count(1.0))
+                tried = within(pair[words].trials(), cost, price)
+                whole = [trial for trial in tried if trial.proposal.fidelity == 1]
+                made.append(float(len(tried)))
                 counts.append(float(len(whole)))
-                minutes.append(seconds / 60)
                 volumes.append(pair[words].hypervolume(whole))
                 for found, target in zip(accuracies, TARGETS, strict=True):
                     best = best_within(whole, target * pair[words].setting.dense["macs"])
                     told = None if best is None or best.outcome is None else best.outcome.accuracy
                     found.append(float("nan") if told is None else 100 * told)
             cells = [shown(each, 2) for each in accuracies]
-            print(
-                f"| {sum(minutes) / len(minutes):.0f} | {words} | {shown(counts, 0)} | {' | '.join(cells)} "
-                f"| {shown(volumes, 4)} |"
-            )
+            cells = ["half" if share < 1 else "all", words, shown(made, 0), shown(counts, 0), *cells, shown(volumes, 4)]
+            print(f"| {' | '.join(cells)} |")
     print(f"\n{', '.join(f'{name} {value}' for name, value in versions().items())}.")
 
 
