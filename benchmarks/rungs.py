@@ -29,7 +29,7 @@ from ranksearch.trial import Trial, best_within
 STEPS = 78
 RUNGS = "rungs: [0]"
 EVERY = "every candidate trained"
-TRIALS = {RUNGS: 60, EVERY: 24}
+TRIALS = {RUNGS: 60, EVERY: 21}
 """Enough of the second to cost as much as the first."""
 
 
