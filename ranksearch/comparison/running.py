@@ -11,7 +11,7 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from ranksearch.comparison.result import Choice, Comparison, Run, choice_of, chosen, run_of
-from ranksearch.comparison.variants import TRAINED, Variant, check_same, given_maps, variants_of
+from ranksearch.comparison.variants import TRAINED, Variant, check_same, check_variant, given_maps, variants_of
 from ranksearch.driver import Watch
 from ranksearch.engine.resources import check
 from ranksearch.errors import PriceError, Problem, RankMapError, SpaceError, TrackingError
@@ -181,6 +181,7 @@ class _Work:
             if variant.label not in self.failures:
                 wanted = variant.space(self.space, seed, self.targets)
                 try:
+                    check_variant(wanted)
                     studies[variant.label] = self._searched(self._study_name(variant.slug, seed), wanted, place + i)
                 except (SpaceError, PriceError) as error:
                     self.failures[variant.label] = error

@@ -99,6 +99,21 @@ def variants_of(space: Space, strategies: Sequence[str], maps: Mapping[str, Sequ
     return found
 
 
+def check_variant(space: Space) -> None:
+    """Check that a space may have the strategy that a comparison gave it, as if a file said so.
+
+    Raises:
+        SpaceError: such as of funnel runs on rungs.
+    """
+    try:
+        Space.model_validate(space.model_dump())
+    except ValidationError as error:
+        rules = [str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors()]
+        address, remedy = "strategies", "Leave the strategy out, or change the space with --set."
+        problems = [Problem(address=address, rule=rule, value=space.strategy.name, remedy=remedy) for rule in rules]
+        raise SpaceError("comparison", problems) from error
+
+
 def given_maps(spec: StrategySpec, files: Sequence[Path]) -> StrategySpec:
     """The strategy section of a study that evaluates these rank maps."""
     update = {"name": _NEVER_ASKED, "seed_maps": [str(file) for file in files], "rungs": []}
@@ -127,14 +142,8 @@ def _bare(spec: StrategySpec) -> StrategySpec:
 
 def _unknown(space: Space, variant: Variant, address: str) -> list[Problem]:
     """What is wrong with the names of a strategy, its sampler or its price; what else is, its own search tells."""
-    searched = variant.space(space, space.seed, ())
     try:
-        Space.model_validate(searched.model_dump())
-        read_space(searched)
-    except ValidationError as error:
-        rules = [str(detail["msg"]).removeprefix("Value error, ") for detail in error.errors()]
-        remedy = "Leave the strategy out, or change the space with --set."
-        return [Problem(address=address, rule=rule, value=repr(variant.label), remedy=remedy) for rule in rules]
+        read_space(variant.space(space, space.seed, ()))
     except SpaceError as error:
         price = "$.strategy.price" if variant.spec.price == space.strategy.price else address
         names = {"$.strategy.name": address, "$.strategy.sampler": address, "$.strategy.price": price}

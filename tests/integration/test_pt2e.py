@@ -32,6 +32,9 @@ COMPILER = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))),
     reason="needs a C++ compiler: torch.compile makes kernels with it",
 )
+VNNI = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(), reason="needs a CPU with VNNI: without, sums of products of int8 overflow"
+)
 ALONE = """
 import sys, torch, torch.ao.quantization.fx._decomposed
 assert not {"ranksearch", "torchao"} & set(sys.modules)
@@ -150,6 +153,7 @@ def test_it_runs_where_only_torch_is(tmp_path: Path) -> None:
 
 
 @COMPILER
+@VNNI
 @pytest.mark.slow
 def test_compiled_it_computes_in_int8(tmp_path: Path) -> None:
     """Strided, dilated, grouped, depthwise, tied, behind a skip, and linear layers: all have kernels in int8."""
@@ -195,6 +199,7 @@ def test_a_layer_that_runs_more_than_once(tmp_path: Path) -> None:
 
 
 @COMPILER
+@VNNI
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions_compute_in_float32(groups: int, tmp_path: Path) -> None:

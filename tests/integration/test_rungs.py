@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ranksearch import compare
 from ranksearch.cli import app
 from ranksearch.driver import task_of
 from ranksearch.evaluation import Evaluator
@@ -95,6 +96,13 @@ def test_the_same_trials_whether_interrupted_or_not(study: Study, folder: Path) 
 def test_the_same_trials_on_ray(study: Study, folder: Path) -> None:
     ray = ["resources.engine=ray", "resources.workers=2"]
     assert found(searched(folder, UNTRACKED, *ray, trials=14, name="on-ray")) == found(study)
+
+
+def test_a_comparison_leaves_out_what_rungs_do_not_go_with(folder: Path) -> None:
+    settings = [*RUNGS, UNTRACKED, "budget.trials=4", "strategy.name=uniform", "strategy.rungs=[0]"]
+    found = compare(QUICKSTART, ["funnel", "uniform"], settings=settings, seeds=1, storage=folder, name="mixed")
+    assert [run.strategy for run in found.runs] == ["uniform"]
+    assert "a funnel run is a training of its own" in str(found.failures["funnel"])
 
 
 def test_a_search_too_short_for_a_promotion_says_how_to_go_on(folder: Path) -> None:

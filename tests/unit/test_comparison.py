@@ -30,7 +30,7 @@ from ranksearch.driver import Driver
 from ranksearch.engine.local import LocalEngine
 from ranksearch.errors import SpaceError, StudyError
 from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap
-from ranksearch.space import FineTuneSpec, StrategySpec
+from ranksearch.space import StrategySpec
 from ranksearch.storage import Store
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.study import INTERRUPTED, Study
@@ -280,17 +280,6 @@ def test_all_wrong_names_are_told_at_once() -> None:
         assert part in str(error.value)
     with pytest.raises(SpaceError, match="one at least"):
         variants_of(SPACE, [], {})
-
-
-def test_a_strategy_that_the_space_cannot_have_is_told_as_in_a_space() -> None:
-    tuned = SPACE.evaluation.model_copy(update={"fine_tune": FineTuneSpec(steps=4)})
-    rungs = SPACE.model_copy(update={"strategy": StrategySpec(name="auto", rungs=[0.0]), "evaluation": tuned})
-    assert [variant.label for variant in variants_of(rungs, ["auto", "knapsack"], {})] == ["auto", "knapsack"]
-    with pytest.raises(SpaceError, match=r"strategies\[1\].*a funnel run is a training of its own.*'funnel'"):
-        variants_of(rungs, ["auto", "funnel"], {})
-    fast = SPACE.model_copy(update={"objectives": ["accuracy", "latency"]})
-    with pytest.raises(SpaceError, match="ends in ranks that no latency was measured for"):
-        variants_of(fast, ["funnel"], {})
 
 
 def test_rank_maps_need_their_formats(tmp_path: Path) -> None:
