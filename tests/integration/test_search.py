@@ -451,7 +451,7 @@ def test_killed_drivers_lose_nothing(folder: Path, tmp_path: Path) -> None:
     if sorted(complete) == list(range(14)):
         shutil.copytree(folder / "cache", tmp_path / "whole" / "cache")
         whole = searched(tmp_path / "whole", trials=14)
-        hidden = ("accuracy", "report_images")
+        hidden = ("accuracy", "report_images", "report_right")
         assert [{k: v for k, v in one.items() if k not in hidden} for one in found(study)] == [
             {k: v for k, v in one.items() if k not in hidden} for one in found(whole)
         ]
