@@ -77,5 +77,4 @@ class Patience:
 
 def _line(error: Exception) -> str:
     """The first line of what is behind an error."""
-    cause = error.__cause__ or error
-    return reason_of(cause)
+    return reason_of(error.__cause__ or error)

@@ -22,7 +22,7 @@ from ranksearch.calibration import collect, sample_outputs
 from ranksearch.conv import Conv
 from ranksearch.data import Data, load_data, to_input
 from ranksearch.decompositions import Statistics
-from ranksearch.errors import BudgetError, DataError, ModelError, Problem, SpaceError, StudyError
+from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of
 from ranksearch.factors import cached, content_hash, store_cached
 from ranksearch.latency import LatencyTable, latencies, rank_multiple, with_latencies
@@ -30,7 +30,7 @@ from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.mirror import fetch, offer
 from ranksearch.models import build_model, digits_weights, load_weights
 from ranksearch.prices import Map, Measured, measure, with_prices
-from ranksearch.pricing import Factors, Selection, decompose, kinds, price, select
+from ranksearch.pricing import Factors, Selection, check_reachable, decompose, kinds, price, select
 from ranksearch.rankmap import ModelRecord, RankMap
 from ranksearch.scoring import Score, score
 from ranksearch.setting import Setting
@@ -247,13 +247,7 @@ def settle(
     if space.latencies is not None:
         latencies = latencies_of(network, table, cache, notify)
         table = with_latencies(table, latencies, faster="latency" in space.objectives)
-        limit = space.budget.max_latency_ratio
-        if limit is not None and table.least_latency_ratio > limit:
-            raise BudgetError(
-                f"$.budget.max_latency_ratio must be reachable: it is {limit}, and the fastest rank map of this space "
-                f"is predicted to take {table.least_latency_ratio:.3f} of the dense network's latency. Raise it, allow "
-                "smaller ranks.ratios, or search more layers."
-            )
+        check_reachable(table, space.budget)  # candidates that are no faster than dense are gone
     notify("scoring the dense network", 0, 1)
     search, report = _dense_scores(network, cache)
     return Setting(

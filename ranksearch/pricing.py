@@ -39,7 +39,7 @@ from ranksearch.errors import (
 )
 from ranksearch.factors import prepared_factors
 from ranksearch.rankmap import RankMap
-from ranksearch.space import PinnedSpec, QuantiseSpec, Space
+from ranksearch.space import BudgetSpec, PinnedSpec, QuantiseSpec, Space
 from ranksearch.surgery import Layer, count_macs, count_params, find_layers, kernel_of
 from ranksearch.table import DENSE, FLOAT_BITS, Candidate, LayerPrices, PriceTable
 
@@ -289,14 +289,26 @@ def price(
         other_bits=quantise.other_bits,
         activation_bits=quantise.activation_bits,
     )
-    limit = space.budget.max_macs_ratio
-    if limit is not None and table.least_macs > limit * table.dense_macs:
-        raise BudgetError(
-            f"$.budget.max_macs_ratio must be reachable: it is {limit}, and the cheapest rank map of this space keeps "
-            f"{table.least_macs / table.dense_macs:.3f} of the MACs. Raise it, allow smaller ranks.ratios, or search "
-            "more layers."
-        )
+    check_reachable(table, space.budget)
     return table, dear
+
+
+def check_reachable(table: PriceTable, budget: BudgetSpec) -> None:
+    """Check that a rank map keeps the budget's limits, each by itself; that on the latency once latencies are known.
+
+    Raises:
+        BudgetError: even the cheapest, or the fastest, does not.
+    """
+    macs, fastest = table.least_macs / table.dense_macs, table.least_latency_ratio
+    for name, limit, least, found in (
+        ("max_macs_ratio", budget.max_macs_ratio, macs, f"cheapest rank map keeps {macs:.3f} of the MACs"),
+        ("max_latency_ratio", budget.max_latency_ratio, fastest, f"fastest one takes {fastest:.3f} of the latency"),
+    ):
+        if limit is not None and least > limit:
+            raise BudgetError(
+                f"$.budget.{name} must be reachable: it is {limit}, and the {found}. Raise it, allow smaller "
+                "ranks.ratios, or search more layers."
+            )
 
 
 def _own_ranks(layer: Layer, name: str, maps: Sequence[RankMap]) -> set[tuple[str, Ranks]]:

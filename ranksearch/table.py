@@ -234,7 +234,7 @@ class PriceTable:
 
     @property
     def least_latency_ratio(self) -> float:
-        """That of the fastest rank map."""
+        """Of the fastest rank map; 0 where none was measured."""
         fastest = [min(range(len(x.candidates)), key=lambda i: x.candidates[i].latency_ms or 0.0) for x in self.layers]
         return self.latency_ratio(fastest)
 

@@ -72,9 +72,11 @@ def predicted_front(
     reduced = [(c[i] - c[i[0]], e[i]) for (c, e), i in zip(options, kept, strict=True)]
     reach = sum(int(c[-1]) for c, _ in reduced)
     divisor = int(np.gcd.reduce(np.concatenate([np.zeros(1, dtype=np.int64), *(c for c, _ in reduced)]))) or 1
-    found = _merged(reduced, pairs) if reach // divisor >= cells else None
-    if found is None:
-        found = _on_grid(reduced, max(divisor, -(-reach // max(1, cells - len(reduced)))))
+    if reach // divisor < cells:
+        found = _on_grid(reduced, divisor)
+    else:
+        merged = _merged(reduced, pairs)
+        found = _on_grid(reduced, -(-reach // max(1, cells - len(reduced)))) if merged is None else merged
     chosen = np.stack([i[column] for i, column in zip(kept, found.T, strict=True)], axis=1)
     return tuple(tuple(row) for row in chosen[_non_dominated(*_totals(options, chosen))].tolist())
 

@@ -73,6 +73,16 @@ def test_the_knapsack_gives_the_front_of_all_rank_maps(network: list[Layer], way
     assert found == front(every(network))
 
 
+@given(st.lists(st.lists(st.integers(1, 64), min_size=2, max_size=5), min_size=2, max_size=4))
+@settings(max_examples=50)
+def test_a_grid_with_a_cell_for_every_cost_rounds_none(falls: list[list[int]]) -> None:
+    network = [(list(range(len(fall))), [sum(fall[i:]) / 64 for i in range(len(fall))]) for fall in falls]
+    costs, losses = zip(*network, strict=True)
+    reach = sum(map(max, costs))
+    found = [totals(network, choices) for choices in predicted_front(costs, losses, cells=reach + 1, pairs=0)]
+    assert found == front(every(network))
+
+
 @given(networks, st.integers(8, 60))
 @settings(max_examples=50)
 def test_a_coarse_knapsack_loses_no_more_than_the_best_some_units_below(network: list[Layer], cells: int) -> None:

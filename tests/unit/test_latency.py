@@ -17,11 +17,12 @@ from torch import nn
 
 from ranksearch.config import load_space
 from ranksearch.conv import Conv
-from ranksearch.errors import LatencyError, SpaceError
+from ranksearch.errors import BudgetError, LatencyError, SpaceError
 from ranksearch.latency import RUNTIMES, LatencyTable, checked, latencies, rank_multiple, runner, with_latencies
 from ranksearch.latency.measured import timed
 from ranksearch.latency.multiple import MULTIPLES, largest_free
-from ranksearch.space import LatencySpec, StrategySpec
+from ranksearch.pricing import check_reachable
+from ranksearch.space import BudgetSpec, LatencySpec, StrategySpec
 from ranksearch.strategies import Terms, build_strategy
 from ranksearch.strategies.hull import layer_costs, layer_losses
 from ranksearch.strategies.knapsack import Knapsack
@@ -154,6 +155,12 @@ def test_candidates_slower_than_dense_are_left_out(table: PriceTable) -> None:
     ms = {(): 4.0, (4, 4): 1.0, (16, 16): 5.0, (2,): 4.0}
     found = with_latencies(table, given(table, lambda c: ms[c.ranks]), faster=True)
     assert [[c.ranks for c in layer.candidates] for layer in found.layers] == [[(4, 4), ()], [()]]
+    # Limits that could be kept with them cannot any more.
+    for limit, of, least in (("max_macs_ratio", "MACs", 160 / 250), ("max_latency_ratio", "latency", 0.7)):
+        check_reachable(table, BudgetSpec(**{limit: least - 0.01}))
+        check_reachable(found, BudgetSpec(**{limit: least + 1e-9}))
+        with pytest.raises(BudgetError, match=rf"\$\.budget\.{limit} must be reachable.*{least:.3f} of the {of}"):
+            check_reachable(found, BudgetSpec(**{limit: least - 0.01}))
 
 
 def test_a_knapsack_over_latencies_takes_what_is_fast_for_its_error(table: PriceTable) -> None:
