@@ -124,7 +124,10 @@ class _Graph:
         step = None
         if bits < FLOAT_BITS:
             whole, step = _arrays(name, module, bits, transposed=axis == 1 and isinstance(module, nn.Linear))
-            weight.replace_all_uses_with(self._dequantised(f"{name}.weight", whole, step, axis, bits))
+            # For each use its own: on x86 without VNNI ONNX Runtime loads no file where two share their weights.
+            for node, index in list(weight.uses()):
+                held = self._dequantised(self._free(f"{name}.weight"), whole, step, axis, bits)
+                node.replace_input_with(index, held)
         if inputs is None:
             return
         for node in nodes:
