@@ -25,6 +25,7 @@ from ranksearch.decompositions import Statistics
 from ranksearch.errors import DataError, ModelError, Problem, SpaceError, StudyError
 from ranksearch.evaluation import Bench, device_of
 from ranksearch.factors import cached, content_hash, store_cached
+from ranksearch.interpolation import interpolated, sampled
 from ranksearch.latency import LatencyTable, latencies, rank_multiple, with_latencies
 from ranksearch.measurement import ONWARD, PRICES
 from ranksearch.mirror import fetch, offer
@@ -242,8 +243,10 @@ def settle(
         table = with_spectra(table, network.model)
     priced_seconds = 0.0
     if prices := prices_read(space.strategy) - {PREDICTED}:
-        measured = _measured(network, table, factors, prices, cache, notify, map)
-        table, priced_seconds = with_prices(table, measured.prices), measured.seconds
+        points = space.strategy.price_points
+        measured = _measured(network, sampled(table, points), factors, prices, cache, notify, map)
+        table = with_prices(table, interpolated(table, points, measured.prices))
+        priced_seconds = measured.seconds
     if space.latencies is not None:
         latencies = latencies_of(network, table, cache, notify)
         table = with_latencies(table, latencies, faster="latency" in space.objectives)
@@ -341,7 +344,7 @@ def _measured(
     notify: Notify,
     map: Map,
 ) -> Measured:
-    """These prices, measured on the first calibration images."""
+    """These prices of all candidates of ``table``, measured on the first calibration images."""
     space, data, device = network.space, network.data, device_of(network.space)
     count = space.strategy.price_images
     images = data.calibration[:count]

@@ -28,6 +28,7 @@ from ranksearch.downstream import Traced, Whole, opened
 from ranksearch.engine.pool import over_processes
 from ranksearch.errors import DataError, ModelError
 from ranksearch.factors import cached
+from ranksearch.interpolation import sampled
 from ranksearch.models.cifar_resnet import CifarResNet
 from ranksearch.models.digits_cnn import digits_cnn
 from ranksearch.prices import PRICES, measure
@@ -282,6 +283,17 @@ def test_prices_may_be_chosen_and_need_labels_only_where_they_say_so(tmp_path: P
         measure(net, case.table, case.factors, images, case.labels[:24], kind=case.kind)
     with pytest.raises(DataError, match="at least one image"):
         measure(net, case.table, case.factors, images[:0], kind=case.kind)
+
+
+def test_fewer_candidates_have_the_prices_they_have_among_all(tmp_path: Path) -> None:
+    net, images = network("small")
+    case = priced(net, images, tmp_path, ratios=(0.1, 0.2, 0.3, 0.4))
+    some = replace(case, table=sampled(case.table, 2))
+    everything, found = case.measured(), some.measured()
+    assert sum(map(len, found.values())) < sum(map(len, everything.values()))
+    for layer, kept in zip(case.table.layers, some.table.layers, strict=True):
+        measured = dict(zip(layer.candidates, everything[layer.name], strict=True))
+        assert found[layer.name] == [measured[candidate] for candidate in kept.candidates]
 
 
 def test_batches_change_no_more_than_rounding(tmp_path: Path) -> None:
