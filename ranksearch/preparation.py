@@ -243,10 +243,8 @@ def settle(
         table = with_spectra(table, network.model)
     priced_seconds = 0.0
     if prices := prices_read(space.strategy) - {PREDICTED}:
-        points = space.strategy.price_points
-        measured = _measured(network, sampled(table, points), factors, prices, cache, notify, map)
-        table = with_prices(table, interpolated(table, points, measured.prices))
-        priced_seconds = measured.seconds
+        measured = _measured(network, table, factors, prices, cache, notify, map)
+        table, priced_seconds = with_prices(table, measured.prices), measured.seconds
     if space.latencies is not None:
         latencies = latencies_of(network, table, cache, notify)
         table = with_latencies(table, latencies, faster="latency" in space.objectives)
@@ -344,16 +342,16 @@ def _measured(
     notify: Notify,
     map: Map,
 ) -> Measured:
-    """These prices of all candidates of ``table``, measured on the first calibration images."""
+    """These prices of all candidates, on the first calibration images; such as take long are measured of some."""
     space, data, device = network.space, network.data, device_of(network.space)
-    count = space.strategy.price_images
-    images = data.calibration[:count]
+    images = data.calibration[: space.strategy.price_images]
     # What is measured on the layer's own output runs nothing downstream of it.
-    onward = table.dense_macs if ONWARD & set(prices) else 0
-    macs = sum(c.macs + onward for layer in table.layers for c in layer.candidates) * len(images)
-    return measure(
+    onward, points = (table.dense_macs, space.strategy.price_points) if ONWARD & set(prices) else (0, None)
+    some = sampled(table, points)
+    macs = sum(c.macs + onward for layer in some.layers for c in layer.candidates) * len(images)
+    found = measure(
         network.model,
-        table,
+        some,
         factors,
         to_input(images, data, device),
         torch.tensor(data.train.labels[: len(images)]),
@@ -366,6 +364,7 @@ def _measured(
         map=map if macs >= _PARALLEL_MACS else builtins.map,
         progress=lambda done, total: notify("measuring prices", done, total),
     )
+    return replace(found, prices=interpolated(table, points, found.prices))
 
 
 def _fine_tuning_dtype(network: Network) -> str:

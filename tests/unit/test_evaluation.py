@@ -23,10 +23,13 @@ from ranksearch.data.splits import without_duplicates
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
+from ranksearch.interpolation import interpolated, sampled
 from ranksearch.models import build_model
 from ranksearch.preparation import Network, factorise, make_bench, read_network, settle, silent, statistics_of
+from ranksearch.prices import with_prices
 from ranksearch.scoring import score
 from ranksearch.space import AugmentSpec, BudgetSpec, FineTuneSpec
+from ranksearch.table import PriceTable
 from ranksearch.training import fine_tune, steps_of
 from ranksearch.trial import Task
 
@@ -326,6 +329,27 @@ def test_prices_are_measured_by_the_map_where_that_takes_long(
     monkeypatch.setattr(preparation, "_PARALLEL_MACS", 1.0)
     assert settle(network, factors, failed, tmp_path / "there", map=counted) == here
     assert [len(batch) for batch in sent] == [32, 32, 32, 4], "the 100 calibration images"
+
+
+def test_what_takes_long_is_measured_of_some_candidates_and_interpolated(
+    prepared: tuple[Network, Bench], tmp_path: Path
+) -> None:
+    def table(price: str, points: int | None) -> PriceTable:
+        strategy = {"name": "auto", "price": price, "price_points": points}
+        space = parse_space(SPACE | {"ranks": {"ratios": [0.1, 0.2, 0.3, 0.4, 0.6, 0.8]}, "strategy": strategy})
+        network = replace(prepared[0], space=space)
+        factors, failed = factorise(network, tmp_path / "cache")
+        return settle(network, factors, failed, tmp_path / "cache").table
+
+    whole, some = table("drop", None), table("drop", 3)
+    assert some == with_prices(whole, interpolated(whole, 3, prices_of(sampled(whole, 3))))
+    assert some != whole
+    assert sampled(some, 3) == sampled(whole, 3)
+    assert table("output", 3) == table("output", None)
+
+
+def prices_of(table: PriceTable) -> dict[str, list[dict[str, float]]]:
+    return {layer.name: [dict(c.prices) for c in layer.candidates] for layer in table.layers}
 
 
 def test_a_study_goes_on_with_its_own_images_only(prepared: tuple[Network, Bench], tmp_path: Path) -> None:
