@@ -216,7 +216,7 @@ def settle(
     failed: Mapping[str, str],
     cache: Path,
     notify: Notify = silent,
-    map: Map = builtins.map,
+    map: Map | None = builtins.map,
 ) -> Setting:
     """Price the candidates and score the dense network: the setting of a new search.
 
@@ -226,7 +226,8 @@ def settle(
         failed: layers that could not be decomposed, with the reason.
         cache: folder of the cache.
         notify: told what is being done.
-        map: measures prices in parallel where that takes long; the setting does not depend on it.
+        map: measures prices in parallel where that takes long; the setting does not depend on it. None: no price is
+            measured, and nothing can be searched.
 
     Raises:
         BudgetError, SpaceError: no candidate meets the budget, or no layer has one.
@@ -242,7 +243,7 @@ def settle(
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
     priced_seconds = 0.0
-    if prices := prices_read(space.strategy) - {PREDICTED}:
+    if map is not None and (prices := prices_read(space.strategy) - {PREDICTED}):
         measured = _measured(network, table, factors, prices, cache, notify, map)
         table, priced_seconds = with_prices(table, measured.prices), measured.seconds
     if space.latencies is not None:

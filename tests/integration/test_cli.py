@@ -190,7 +190,10 @@ def test_schema_describes_a_space(run: Any) -> None:
 
 
 def test_inspect_shows_every_layer_and_trains_no_trial(run: Any, done: Path) -> None:
-    ended = run("inspect", QUICKSTART, *with_settings(SMALL), "--json")
+    price = with_settings(["strategy.name=auto", "strategy.price=output"])
+    ended = run("inspect", QUICKSTART, *with_settings(SMALL), *price, "--json")
+    assert "scoring the dense network" in ended.err
+    assert "measuring prices" not in ended.err, "which only a search needs"
     found = json.loads(ended.out)
     model = build_model(ModelSpec(name="digits-cnn"), weights=None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
