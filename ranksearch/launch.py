@@ -185,7 +185,8 @@ def inspect(
 ) -> Setting:
     """What a search would start from: the layers, the candidates, the dense network's scores; no trial is run.
 
-    No price is measured either, which takes longer than all the rest. Only the built-in digits network is trained, where that was not done before.
+    No price is measured either, which takes longer than all the rest. Only the built-in digits network is trained,
+    where that was not done before.
     """
     space, base = read_space(space, settings)
     store = Store(storage)
