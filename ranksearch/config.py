@@ -149,6 +149,8 @@ def recorded_space(data: dict[str, Any]) -> Space:
     Raises:
         ValueError: it is none.
     """
+    if "price_points" not in data.get("strategy", {}):  # recorded before there was a choice: all were measured
+        data = {**data, "strategy": {**data.get("strategy", {}), "price_points": None}}
     return Space.model_validate(data)
 
 

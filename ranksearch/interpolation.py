@@ -1,9 +1,11 @@
 """Measured prices of all candidates from those of some of them.
 
-Ours. Within one layer, format and width a price rises with the predicted error nearly as a power of it, and where it
-does not, that is mostly chance in the images (benchmarks/thinned_prices.py). So a few candidates are measured, evenly
-spread over the ranks, and the others lie on the straight lines between these: logarithm of the price against logarithm
-of the predicted error; of prices that may be negative (``loss``, ``drop``) the price itself.
+Ours. Within one layer, format and width a price is a smooth function of the ranks and of the predicted error. So a few
+candidates are measured, as far from each other as can be in the logarithms of the ranks and the error (W. J. Welch et
+al., "Screening, Predicting, and Computer Experiments", 1992, start from such maximin designs too), and the others are
+interpolated by radial basis functions (J. Duchon, "Splines minimizing rotation-invariant semi-norms in Sobolev spaces",
+1977; of one rank straight lines). What is interpolated is ``asinh(price / SMALL)``: the logarithm of what is large, of
+either sign, and the price itself where it is small. How near that comes: benchmarks/thinned_prices.py.
 """
 
 from __future__ import annotations
@@ -12,22 +14,30 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.interpolate import RBFInterpolator
+from scipy.spatial.distance import cdist
 
-from ranksearch.measurement import WITH_LABELS
 from ranksearch.table import LayerPrices, PriceTable
 
-LEAST: Final = 1e-9
-"""Prices and errors below count as this: they have no logarithm."""
+SMALL: Final = 1e-3
+"""Prices below, in nats or as a share of the images, hardly matter in a network."""
+LEAST_ERROR: Final = 1e-9
+"""Predicted errors below count as this: they have no logarithm."""
+
+Floats = NDArray[np.float64]
 
 
 def sampled(table: PriceTable, points: int | None) -> PriceTable:
-    """The table with at most ``points`` candidates of each layer, format and width, and the dense ones; None: all."""
+    """The table with at most ``points`` candidates for each rank of a layer's format and width, and the dense ones.
+
+    ``None`` keeps all.
+    """
     layers = [
-        replace(layer, candidates=tuple(layer.candidates[i] for i in sorted(_kept(layer, points))))
-        for layer in table.layers
+        replace(layer, candidates=tuple(layer.candidates[i] for i in _kept(layer, points))) for layer in table.layers
     ]
     return replace(table, layers=tuple(layers))
 
@@ -37,44 +47,74 @@ def interpolated(
 ) -> dict[str, list[dict[str, float]]]:
     """Prices of every candidate of ``table``, by layer, from those ``found`` of :func:`sampled` with these points.
 
-    Between a candidate that broke the network (an infinite price) and its neighbours all are taken to break it.
+    A candidate whose nearest measured one broke the network (an infinite price) is taken to break it too.
     """
     return {layer.name: _filled(layer, points, found[layer.name]) for layer in table.layers}
 
 
-def _series(layer: LayerPrices) -> list[list[int]]:
-    """Indices of the candidates of each format and width, by predicted error."""
+def _series(layer: LayerPrices) -> list[tuple[list[int], Floats]]:
+    """Of each format and width the candidates' indices by predicted error, and where they lie, each axis 0 to 1."""
     alike: dict[tuple[str, int], list[int]] = defaultdict(list)
     for i, candidate in enumerate(layer.candidates):
         if not candidate.dense:
             alike[candidate.format, candidate.bits].append(i)
-    return [sorted(indices, key=lambda i: layer.candidates[i].error) for indices in alike.values()]
+    found = []
+    for indices in alike.values():
+        indices.sort(key=lambda i: layer.candidates[i].error)
+        candidates = [layer.candidates[i] for i in indices]
+        place = np.log([(*c.ranks, max(c.error, LEAST_ERROR)) for c in candidates])
+        place -= place.min(0)
+        found.append((indices, place / np.where(place.max(0) > 0, place.max(0), 1.0)))
+    return found
 
 
-def _kept(layer: LayerPrices, points: int | None) -> set[int]:
-    """Indices of the candidates to measure: the first and the last of each series, and evenly between."""
+def _chosen(places: Floats, points: int) -> list[int]:
+    """The first and the last, and so many in all, each the farthest from those before it."""
+    chosen = list(dict.fromkeys((0, len(places) - 1)))
+    while len(chosen) < min(points, len(places)):
+        distances = cdist(places, places[chosen]).min(1)
+        distances[chosen] = -1.0
+        chosen.append(int(distances.argmax()))
+    return chosen
+
+
+def _kept(layer: LayerPrices, points: int | None) -> list[int]:
+    """Indices of the candidates to measure, rising."""
     if points is None:
-        return set(range(len(layer.candidates)))
-    kept = {len(layer.candidates) - 1}  # dense
-    for series in _series(layer):
-        kept.update(series[round(place)] for place in np.linspace(0, len(series) - 1, min(points, len(series))))
-    return kept
+        return list(range(len(layer.candidates)))
+    kept = [len(layer.candidates) - 1]  # dense
+    for indices, places in _series(layer):
+        ranks = len(layer.candidates[indices[0]].ranks)
+        kept += [indices[k] for k in _chosen(places, points * ranks)]
+    return sorted(kept)
 
 
 def _filled(layer: LayerPrices, points: int | None, found: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    prices: list[dict[str, float]] = [{} for _ in layer.candidates]
-    for i, row in zip(sorted(_kept(layer, points)), found, strict=True):
-        prices[i] = dict(row)
-    for series in _series(layer):
-        errors = np.log([max(layer.candidates[i].error, LEAST) for i in series])
-        known = [place for place, i in enumerate(series) if prices[i]]
+    prices = dict(zip(_kept(layer, points), map(dict, found), strict=True))
+    for indices, places in _series(layer):
+        known = [k for k, i in enumerate(indices) if i in prices]
+        others = [k for k in range(len(indices)) if k not in known]
+        if not others:
+            continue
+        rows = [prices[indices[k]] for k in known]
+        nearest = cdist(places[others], places[known]).argmin(1)
+        new: dict[str, Any] = {}
         for price in found[0]:
-            values = np.array([prices[series[place]][price] for place in known])
+            values = np.array([row[price] for row in rows])
             whole = np.isfinite(values)
-            signed = price in WITH_LABELS
-            heights = np.where(whole, values if signed else np.log(np.maximum(values, LEAST)), 0.0)
-            lines = np.interp(errors, errors[known], heights)
-            lines = np.where(np.interp(errors, errors[known], ~whole) > 0, inf, lines if signed else np.exp(lines))
-            for i, value in zip(series, lines.tolist(), strict=True):
-                prices[i].setdefault(price, value)
-    return prices
+            new[price] = np.full(len(others), inf)
+            if whole.any():
+                smooth = _smooth(places[known][whole], values[whole], places[others])
+                new[price] = np.where(whole[nearest], smooth, inf)
+        for at, k in enumerate(others):
+            prices[indices[k]] = {price: float(values[at]) for price, values in new.items()}
+    return [prices[i] for i in range(len(layer.candidates))]
+
+
+def _smooth(places: Floats, values: Floats, wanted: Floats) -> Floats:
+    """Values at the ``wanted`` places from those at others."""
+    if len(values) == 1:
+        return np.repeat(values, len(wanted))
+    surface = RBFInterpolator(places, np.arcsinh(values / SMALL), kernel="linear", degree=0)
+    found: Floats = np.sinh(surface(wanted)) * SMALL
+    return found

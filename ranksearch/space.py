@@ -212,9 +212,9 @@ class StrategySpec(Section):
     price_images: Positive = 256
     """Calibration images, with their labels, that a measured price is measured on."""
     price_points: Annotated[int, Field(ge=2)] | None = 6
-    """Candidates of a layer, format and width, evenly spread over the ranks, of which ``divergence``, ``loss`` and
-    ``drop`` are measured; the others get what lies on straight lines between, by their predicted errors. Null: all are
-    measured, as they are for the prices that take little time."""
+    """Candidates of a layer and width, for each rank of a format, that ``divergence``, ``loss`` and ``drop`` are
+    measured of; the others' are interpolated. Null: all are measured, as they are for the prices that take little
+    time."""
     sampler: str | None = None
     """Optuna's sampler of ``optuna`` and ``funnel``: ``nsga2``, ``nsga3``, ``tpe``, ``gp``, ``qmc``, ``random``, or a
     class as ``package.module:Class``. By default ``nsga2`` of ``optuna`` and ``tpe`` of ``funnel``."""

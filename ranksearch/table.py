@@ -57,7 +57,7 @@ class Candidate:
     ``tucker2`` and too low for ``spatial-svd``, so it compares ranks better than formats. Of formats that are fitted,
     measured by short fits at a few ranks and interpolated, before they are stabilised."""
     prices: tuple[tuple[str, float], ...] = ()
-    """Measured losses of replacing this layer alone, by name (see ``MEASURED``)."""
+    """Losses of replacing this layer alone, by name (see ``MEASURED``), some interpolated from neighbours'."""
     latency_ms: float | None = None
     """What it adds to the latency of a network, of one batch, where latencies were measured."""
     bits: int = FLOAT_BITS

@@ -4,9 +4,10 @@ A.-H. Phan et al., "Stable Low-rank Tensor Decomposition for Compression of Conv
 (arXiv:2008.05441), the choice of ranks in their experiments: per layer, a binary search finds the smallest rank whose
 fall in accuracy, with only that layer decomposed, stays within EPS.
 
-The falls are read off the price table (``price: drop`` is the paper's). Ours: a measured fall need not shrink as the
-rank grows, so the binary search runs over the least fall at each cost or below, which finds the cheapest candidate
-within EPS exactly; and EPS is swept over all the falls in the table instead of being tried by hand.
+The falls are read off the price table (``price: drop`` with ``price_points: null`` is the paper's). Ours: a measured
+fall need not shrink as the rank grows, so the binary search runs over the least fall at each cost or below, which finds
+the cheapest candidate within EPS exactly; and EPS is swept over all the falls in the table instead of being tried by
+hand.
 """
 
 from __future__ import annotations
