@@ -1,11 +1,11 @@
 """Measured prices of all candidates from those of some of them.
 
 Ours. Within one layer, format and width a price is a smooth function of the ranks and of the predicted error. So a few
-candidates are measured, as far from each other as can be in the logarithms of the ranks and the error (W. J. Welch et
-al., "Screening, Predicting, and Computer Experiments", 1992, start from such maximin designs too), and the others are
-interpolated by radial basis functions (J. Duchon, "Splines minimizing rotation-invariant semi-norms in Sobolev spaces",
-1977; of one rank straight lines). What is interpolated is ``asinh(price / SMALL)``: the logarithm of what is large, of
-either sign, and the price itself where it is small. How near that comes: benchmarks/thinned_prices.py.
+candidates are measured, each as far as can be from those before it in the logarithms of the ranks and the error
+(T. F. Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985), and the others are interpolated by
+linear radial basis functions (J. Duchon, "Splines minimizing rotation-invariant semi-norms in Sobolev spaces", 1977).
+What is interpolated is ``asinh(price / SMALL)``: the logarithm of what is large, of either sign, and the price itself
+where it is small. How near that comes: benchmarks/thinned_prices.py.
 """
 
 from __future__ import annotations

@@ -185,15 +185,15 @@ def inspect(
 ) -> Setting:
     """What a search would start from: the layers, the candidates, the dense network's scores; no trial is run.
 
-    No price is measured either, which takes longer than all the rest. Only the built-in digits network is trained,
-    where that was not done before.
+    No price is measured either, which may take minutes and nothing here shows. Only the built-in digits network is
+    trained, where that was not done before.
     """
     space, base = read_space(space, settings)
     store = Store(storage)
     space = located(space, base)
     with threads(_all_threads()):
         network, factors, failed = _factorised(space, store, notify)
-        setting = settle(network, factors, failed, store.cache, notify, None)
+        setting = settle(network, factors, failed, store.cache, notify, priced=False)
         seed_choices(setting)
         return setting
 

@@ -216,7 +216,9 @@ def settle(
     failed: Mapping[str, str],
     cache: Path,
     notify: Notify = silent,
-    map: Map | None = builtins.map,
+    map: Map = builtins.map,
+    *,
+    priced: bool = True,
 ) -> Setting:
     """Price the candidates and score the dense network: the setting of a new search.
 
@@ -226,8 +228,8 @@ def settle(
         failed: layers that could not be decomposed, with the reason.
         cache: folder of the cache.
         notify: told what is being done.
-        map: measures prices in parallel where that takes long; the setting does not depend on it. None: no price is
-            measured, and nothing can be searched.
+        map: measures prices in parallel where that takes long; the setting does not depend on it.
+        priced: measure the prices that the strategy reckons with; without them it cannot search.
 
     Raises:
         BudgetError, SpaceError: no candidate meets the budget, or no layer has one.
@@ -243,7 +245,7 @@ def settle(
     if READ_SPECTRA & strategies:
         table = with_spectra(table, network.model)
     priced_seconds = 0.0
-    if map is not None and (prices := prices_read(space.strategy) - {PREDICTED}):
+    if priced and (prices := prices_read(space.strategy) - {PREDICTED}):
         measured = _measured(network, table, factors, prices, cache, notify, map)
         table, priced_seconds = with_prices(table, measured.prices), measured.seconds
     if space.latencies is not None:

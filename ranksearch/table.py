@@ -22,8 +22,9 @@ PREDICTED: Final = "predicted"
 """The price that every table has: the predicted error."""
 
 MEASURED: Final = ("weight", "output", "divergence", "loss", "second-order", "drop")
-"""Prices that are measured with one layer replaced alone: the relative squared error of its kernel and of its output,
-the divergence of the network's outputs, the rise of its loss, a second-order estimate of that, its fall in accuracy."""
+"""Prices that are measured, of some candidates at least, with one layer replaced alone: the relative squared error of
+its kernel and of its output, the divergence of the network's outputs, the rise of its loss, a second-order estimate of
+that divergence, its fall in accuracy."""
 
 UNFOLDINGS: Final = {
     "svd": ("out",),

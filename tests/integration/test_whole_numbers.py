@@ -26,9 +26,16 @@ from tests.networks import small_images
 from tests.whole import FOUR, PARTLY, Tied, calibrated, close, job_of, running_twice, searched, simulated, small, turned
 
 
+def exact_sums() -> Any:
+    """Options as the README tells them: on x86 without VNNI, sums of products of int8 would overflow their 16 bits."""
+    options: Any = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
 def optimised(file: Path) -> onnx.ModelProto:
     """What ONNX Runtime makes of a file as it loads it."""
-    options: Any = onnxruntime.SessionOptions()
+    options = exact_sums()
     options.optimized_model_filepath = str(file.with_suffix(".optimised"))
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -42,9 +49,7 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 def run(file: Path, images: Tensor, *, as_written: bool = False) -> Tensor:
     """Outputs in ONNX Runtime; ``as_written`` node by node, in float32."""
     onnx.checker.check_model(str(file), full_check=True)
-    options: Any = onnxruntime.SessionOptions()
-    # On x86 without VNNI, sums of products of int8 would overflow their 16 bits, as the README says.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options = exact_sums()
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ranksearch.config import json_schema, load_space, parse_space
+from ranksearch.config import json_schema, load_space, parse_space, recorded_space
 from ranksearch.errors import Problem, SpaceError
 from ranksearch.space import PinnedSpec, Space
 
@@ -203,3 +203,14 @@ def test_every_key_is_described_in_the_schema() -> None:
         bare = [key for key, of in body["properties"].items() if not {"description", "$ref"} & of.keys()]
         assert not bare, "a key that is no section has a description of its own"
     assert schema["required"] == ["model"]
+
+
+def test_a_study_from_before_price_points_has_measured_all() -> None:
+    now = parse_space({"model": {"name": "resnet20"}, "strategy": {"name": "greedy", "price": "loss"}})
+    written = now.model_dump(mode="json")
+    assert recorded_space(written) == now
+    assert now.strategy.price_points == 6
+    del written["strategy"]["price_points"]
+    before = recorded_space(written)
+    assert before.strategy == now.strategy.model_copy(update={"price_points": None})
+    assert "price_points" not in written["strategy"], "what is read is not changed"

@@ -99,8 +99,8 @@ def test_smooth_prices_are_found_again(price: Callable[[Candidate], float]) -> N
         pairs = [(a["divergence"], b["divergence"]) for n in exact for a, b in zip(found[n], exact[n], strict=True)]
         return float(np.sqrt(np.mean([log(a / b) ** 2 for a, b in pairs if b])))
 
-    # What is taken from the nearest measured candidate instead is off by 0.15 to 0.5.
-    assert off(6) < 0.06
+    # What is taken from the nearest measured candidate instead is off by 0.10 to 0.25.
+    assert off(6) < 0.08
     assert off(12) < off(3)
 
 
