@@ -112,9 +112,9 @@ def _filled(layer: LayerPrices, points: int | None, found: Sequence[Mapping[str,
 
 
 def _smooth(places: Floats, values: Floats, wanted: Floats) -> Floats:
-    """Values at the ``wanted`` places from those at others."""
+    """Values at the ``wanted`` places from those at others, none beyond these."""
     if len(values) == 1:
         return np.repeat(values, len(wanted))
     surface = RBFInterpolator(places, np.arcsinh(values / SMALL), kernel="linear", degree=0)
-    found: Floats = np.sinh(surface(wanted)) * SMALL
+    found: Floats = np.clip(np.sinh(surface(wanted)) * SMALL, values.min(), values.max())
     return found
