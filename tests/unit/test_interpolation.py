@@ -104,6 +104,25 @@ def test_smooth_prices_are_found_again(price: Callable[[Candidate], float]) -> N
     assert off(12) < off(3)
 
 
+def test_a_price_falls_where_the_error_falls() -> None:
+    """A kernel of few large singular values, whose ranks alone do not say where those end."""
+    whole = table(40)
+
+    def cliff(candidate: Candidate) -> Candidate:
+        rank = candidate.ranks[0] if candidate.ranks else 0
+        return replace(candidate, error=0.9 - rank / 1000 if rank < 50 else 0.01 + 0.1 / rank) if rank else candidate
+
+    whole = replace(
+        whole,
+        layers=tuple(replace(x, candidates=tuple(cliff(c) for c in x.candidates)) for x in whole.layers),
+    )
+    found = interpolated(whole, 6, priced(sampled(whole, 6), lambda c: c.error))
+    for layer in whole.layers:
+        for candidate, row in zip(layer.candidates, found[layer.name], strict=True):
+            if candidate.format == "svd":
+                assert row["divergence"] == pytest.approx(candidate.error, rel=0.5)
+
+
 def test_losses_may_fall_below_nothing() -> None:
     whole = table(24)
     exact = priced(whole, lambda c: 0.4 * (c.error - 0.05), "loss")
