@@ -236,7 +236,7 @@ class StrategySpec(Section):
     """Share of the trials of one rung that go on to the next."""
     options: dict[str, Any] = {}
     """Further keyword arguments of the strategy or, of ``optuna``, of its sampler. Of ``auto``: ``first`` (trials
-    before it learns, 12), ``min_gain`` (it ends where more trials promise to enlarge the hypervolume by less than this
+    before it learns, 8), ``min_gain`` (it ends where more trials promise to enlarge the hypervolume by less than this
     share), ``cost``. Of ``funnel``: ``targets`` (shares of the dense MACs to end at, by default those of the budget, or
     0.5, 0.7 and 0.35; an empty list leaves the MACs to strength and threshold), ``settle_steps``, ``penalty_steps``,
     ``weight_rate``, ``gate_rate``, ``penalty`` (``funnel``, ``l1``, ``l2``), ``mac_weighted``, ``scale_free``,

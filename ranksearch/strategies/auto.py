@@ -68,7 +68,7 @@ class Auto:
     price: str = PRICE
     cost: Cost = "macs"
     """What the front is against: ``macs``, ``params``, ``latency`` or ``bit-operations``."""
-    first: int = 12
+    first: int = 8
     """Proposals before the prices are learned; two a target at least."""
     min_gain: float = 0.0
     """The search ends where more trials promise to enlarge the hypervolume by less than this share."""

@@ -229,7 +229,8 @@ class LearnedPrices:
         front[:, 1] = self.quality.shown(front[:, 1])
         reference = np.array([1.0, self.quality.worst(self.losses)])
         there = area(front, reference)
-        promise = area(np.concatenate([front, points]), reference) / there - 1 if there > 0 else inf
+        # Two sums of the same areas may differ in their last digit.
+        promise = max(area(np.concatenate([front, points]), reference) / there - 1, 0.0) if there > 0 else inf
         merit = gains(points, front, reference)
         if not merit.any():
             merit = -np.abs(points[:, 1] - reference[1])

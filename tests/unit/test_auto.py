@@ -98,10 +98,10 @@ def test_what_loses_more_than_the_budget_allows_is_not_looked_for(lost: float, t
     least = accuracy(table, table.dense, 0) - lost
     terms = Terms(seed=0, objectives=OBJECTIVES, targets=targets, least_accuracy=least)
     trials = searched("auto", table, 48, 0, terms, least_accuracy=least)
-    kept = [trial.feasible for trial in trials[12:]]
-    assert sum(kept) >= len(kept) // 3, "most of what is learned from lies around the limit"
+    kept = [trial.feasible for trial in trials[8:]]
+    assert sum(kept) >= len(kept) // 4, "what is learned from lies around the limit"
     free = searched("auto", table, 48, 0, replace(terms, least_accuracy=0.0), least_accuracy=least)
-    assert sum(kept) > 2 * sum(trial.feasible for trial in free[12:])
+    assert sum(kept) > 2 * sum(trial.feasible for trial in free[8:])
     cheapest = min(t.outcome.macs for t in trials if t.feasible and t.outcome)
     knapsack = searched("knapsack", table, 48, 0, terms, least_accuracy=least)
     assert cheapest < min(t.outcome.macs for t in knapsack if t.feasible and t.outcome)
@@ -159,7 +159,7 @@ def test_networks_worse_than_a_guess_are_not_looked_for() -> None:
             proposal = strategy.propose(table, trials)
             assert isinstance(proposal, Proposal)
             trials.append(lossy(proposal, i))
-        useless.append(sum(t.outcome.loss > guess for t in trials[12:] if t.outcome))
+        useless.append(sum(t.outcome.loss > guess for t in trials[8:] if t.outcome))
     assert useless[1] < useless[0] / 2
 
 
@@ -180,8 +180,8 @@ def test_one_layer_with_many_candidates_ends_quickly_where_all_within_the_limit_
 def test_every_target_is_tried_by_the_price_and_by_energy() -> None:
     table = price_table(6, 8)
     terms = Terms(seed=0, objectives=OBJECTIVES, targets=(0.5, 0.3))
-    tried = [trial.proposal.choices for trial in searched("auto", table, 12, 0, terms)]
-    assert len(set(tried)) == 12
+    tried = [trial.proposal.choices for trial in searched("auto", table, 8, 0, terms)]
+    assert len(set(tried)) == 8
     for rule, begin in ((Knapsack(), 0), (Energy(), 2)):
         for i, target in enumerate(terms.targets, begin):
             within = [m for m in rule.maps(table) if m not in tried[:i] and table.macs_ratio(m) <= target]
@@ -207,9 +207,9 @@ def test_the_gain_of_a_point_is_the_hypervolume_that_it_adds(
 def test_every_other_learned_proposal_is_at_a_target() -> None:
     table = price_table(8, 10)
     terms = Terms(seed=0, objectives=OBJECTIVES, targets=(0.5, 0.3))
-    ratios = [table.macs_ratio(trial.proposal.choices) for trial in searched("auto", table, 28, 0, terms)]
+    ratios = [table.macs_ratio(trial.proposal.choices) for trial in searched("auto", table, 24, 0, terms)]
     for turn, target in enumerate((0.5, 0.3, 0.5, 0.3, 0.5, 0.3)):
-        assert target - 0.03 < ratios[12 + 2 * turn] <= target, (turn, ratios)
+        assert target - 0.03 < ratios[8 + 2 * turn] <= target, (turn, ratios)
 
 
 def test_a_promise_falls_and_ends_the_search_where_it_is_small() -> None:
@@ -222,6 +222,16 @@ def test_a_promise_falls_and_ends_the_search_where_it_is_small() -> None:
     stopping = build_strategy(StrategySpec(name="auto", price=PREDICTED, options={"min_gain": middle}), terms)
     assert isinstance(stopping.propose(table, trials[:24]), Proposal)
     assert stopping.propose(table, trials) is DONE
+
+
+def test_a_search_goes_on_where_nothing_more_is_promised() -> None:
+    """Under a tight limit draws promise nothing for many trials; rounding made less than nothing of it, and an end."""
+    table = price_table(8, 10, seed=4)
+    least = accuracy(table, table.dense, 4) - 0.005
+    terms = Terms(seed=4, objectives=OBJECTIVES, least_accuracy=least)
+    trials = searched("auto", table, 36, 4, terms, least_accuracy=least)
+    promises = [trial.proposal.note["promise"] for trial in trials if "promise" in trial.proposal.note]
+    assert min(promises) == 0.0
 
 
 @given(points=st.lists(st.tuples(st.floats(0, 1.2), st.floats(0, 1.2)), max_size=8))
