@@ -315,7 +315,14 @@ def _nearest_choices(table: PriceTable, rank_map: RankMap) -> tuple[int, ...]:
         else:
             macs, ranks = wanted.macs, wanted.ranks
             choices.append(
-                min(same, key=lambda i: (layer.candidates[i].ranks != ranks, abs(layer.candidates[i].macs - macs)))
+                min(
+                    same,
+                    key=lambda i: (
+                        layer.candidates[i].ranks != ranks,
+                        abs(layer.candidates[i].macs - macs),
+                        abs(layer.candidates[i].bits - wanted.bits),
+                    ),
+                )
             )
     return tuple(choices)
 

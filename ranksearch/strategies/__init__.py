@@ -35,7 +35,7 @@ from ranksearch.strategies.random import Random
 from ranksearch.strategies.rungs import Rungs, Strategy
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.strategies.water_filling import WaterFilling
-from ranksearch.table import GATEABLE, MEASURED, PREDICTED, PriceTable
+from ranksearch.table import GATEABLE, MEASURED, PREDICTED, ROUNDING, PriceTable
 from ranksearch.trial import Proposal, Signal, Trial
 
 if TYPE_CHECKING:
@@ -81,6 +81,15 @@ class Terms:
     formats: tuple[str, ...] = ()
     """The space's formats; empty where they are not known."""
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Targets and largest ratios as they are compared with: what meets one exactly is within it."""
+        return {
+            "targets": tuple(target * ROUNDING for target in self.targets),
+            "max_macs_ratio": self.max_macs_ratio * ROUNDING,
+            "max_latency_ratio": self.max_latency_ratio * ROUNDING,
+        }
+
 
 Maker = Callable[[StrategySpec, Terms], Strategy]
 """Makes a strategy from the space's section and its terms; raises SpaceError."""
@@ -88,12 +97,7 @@ Maker = Callable[[StrategySpec, Terms], Strategy]
 
 def _ladder(kind: type[Rule]) -> Maker:
     """The maker of a rule's ladder."""
-    return lambda spec, terms: Ladder(
-        rule=_built(kind, spec, terms),
-        targets=terms.targets,
-        max_macs_ratio=terms.max_macs_ratio,
-        max_latency_ratio=terms.max_latency_ratio,
-    )
+    return lambda spec, terms: Ladder(rule=_built(kind, spec, terms), **terms.limits)
 
 
 def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) -> Built:
@@ -124,14 +128,12 @@ def _built(kind: type[Built], spec: StrategySpec, terms: Terms, **given: Any) ->
 
 
 def _alds(spec: StrategySpec, terms: Terms) -> Strategy:
-    given = {name: getattr(terms, name) for name in ("seed", "targets", "max_macs_ratio")}
-    return _built(Alds, spec, terms, **given)
+    return _built(Alds, spec, terms, seed=terms.seed, **terms.limits)
 
 
 def _auto(spec: StrategySpec, terms: Terms) -> Strategy:
-    names = ("seed", "objectives", "targets", "max_macs_ratio", "max_latency_ratio", "least_accuracy", "worst_loss")
-    given = {name: getattr(terms, name) for name in names}
-    return _built(Auto, spec, terms, **given)
+    given = {name: getattr(terms, name) for name in ("seed", "objectives", "least_accuracy", "worst_loss")}
+    return _built(Auto, spec, terms, **given, **terms.limits)
 
 
 def _greedy_multi_step(spec: StrategySpec, terms: Terms) -> Strategy:
@@ -284,7 +286,7 @@ def build_strategy(spec: StrategySpec, terms: Terms, *, seed_choices: Sequence[t
         shares=tuple(spec.rungs),
         promote=spec.promote,
         objectives=terms.objectives,
-        targets=terms.targets,
+        targets=terms.limits["targets"],
     )
 
 

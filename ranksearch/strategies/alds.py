@@ -77,6 +77,8 @@ class Alds:
     """Shares of the dense network's MACs, each for the largest budget whose rank map is within it."""
     max_macs_ratio: float = inf
     """No rank map with more MACs than this share is tried."""
+    max_latency_ratio: float = inf
+    """Nor any that is predicted to take more than this share of the dense latency."""
     cost: Cost = "macs"
     """What the budget is of: ``macs`` or ``params``, which ranks are in proportion to."""
     exact: bool = True
@@ -92,7 +94,8 @@ class Alds:
         known, most = tried(trials), self.max_macs_ratio * table.dense_macs
         aimed = (_aimed(self, table, target) for target in self.targets)
         for choices in chain(aimed, (self.rung(table, k) for k in range(1, RUNGS + 1))):
-            if choices not in known and table.macs(choices) <= most:
+            slow = self.max_latency_ratio < inf and table.latency_ratio(choices) > self.max_latency_ratio
+            if choices not in known and table.macs(choices) <= most and not slow:
                 return Proposal(choices=choices, origin=NAME)
         return DONE
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from typing import Final
 
@@ -114,7 +114,10 @@ class Auto:
                 choices, share = found
                 return Proposal(choices=choices, origin=NAME, note={PROMISE: share} if share < inf else {})
         rng = np.random.default_rng([self.seed, index, ATTEMPTS])
-        for choices in islice(steps_from(table, model.incumbent(rng), rng), STEPS + len(known)):
+        start = model.incumbent(rng)
+        # Those that a limit on MACs allows are connected; on latency they need not be.
+        near = islice(steps_from(table, start, rng, through=model.allowed), len(known) + 1)
+        for choices in chain(near, islice(steps_from(table, start, rng), STEPS + len(known))):
             if choices not in known and model.allowed(choices):
                 return Proposal(choices=choices, origin=NAME, note={PROMISE: 0.0})
         return DONE
@@ -128,8 +131,14 @@ class Auto:
             energy = Ladder(rule=Energy(), targets=self.targets, **limits).rung(table, known, made - aims)
             if energy is not None:
                 return energy
-        knapsack = Ladder(rule=Knapsack(price=self.price, cost=self.cost), targets=self.targets, **limits)
-        return knapsack.rung(table, known, made if made < aims else max(aims, made - aims))
+        # Where nothing cheap is fast enough, what is fast.
+        costs: tuple[Cost, ...] = (self.cost, "latency") if self.max_latency_ratio < inf else (self.cost,)
+        for cost in costs:
+            knapsack = Ladder(rule=Knapsack(price=self.price, cost=cost), targets=self.targets, **limits)
+            choices = knapsack.rung(table, known, made if made < aims else max(aims, made - aims))
+            if choices is not None:
+                return choices
+        return None
 
 
 def promise(trials: Sequence[Trial]) -> float | None:

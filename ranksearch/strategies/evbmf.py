@@ -69,12 +69,14 @@ def _at(dense: Choices, steps: Sequence[Sequence[tuple[float, int]]], weakening:
 
 def _steps(layer: LayerPrices, floor: int) -> list[tuple[float, int]]:
     """Weakenings at which the layer's choice changes, by rising weakening, with the choice from there on."""
-    found = sorted((_least_weakening(layer, c, floor), i) for i, c in enumerate(layer.candidates))
+    # Of several widths, which cost the same MACs, the one that errs least.
+    places = sorted(range(len(layer.candidates)), key=lambda i: (layer.candidates[i].macs, layer.candidates[i].error))
+    found = sorted((_least_weakening(layer, layer.candidates[i], floor), place) for place, i in enumerate(places))
     steps: list[tuple[float, int]] = []
-    for at, choice in found:
-        if at < inf and (not steps or choice < steps[-1][1]):
-            steps.append((at, choice))
-    return steps
+    for at, place in found:
+        if at < inf and (not steps or place < steps[-1][1]):
+            steps.append((at, place))
+    return [(at, places[place]) for at, place in steps]
 
 
 def _least_weakening(layer: LayerPrices, candidate: Candidate, floor: int) -> float:

@@ -11,7 +11,7 @@ our reconstruction. It captures what layers do to each other, which no price of 
   set functions", 1978): moves stay in a queue under the last slope (loss over saved cost) measured for them, on any
   network. Only those at the head of the queue are measured again, until one measured on the current network heads it.
 - A rank map that failed is never tried again: its move waits for the next network, and where every move of a network
-  has failed, longer ones are taken.
+  has failed, or none saves cost, longer ones are taken.
 
 The state is replayed from the trials: their rank maps and outcomes, whoever proposed them, say how far the search is.
 """
@@ -25,7 +25,7 @@ from typing import Any, Final, Literal
 
 from ranksearch.strategies.hull import Cost, check_cost, layer_costs, whole_cost
 from ranksearch.strategies.ladder import Choices
-from ranksearch.table import LayerPrices, PriceTable
+from ranksearch.table import ROUNDING, LayerPrices, PriceTable
 from ranksearch.trial import DONE, WAIT, Outcome, Proposal, Signal, Trial
 
 NAME: Final = "greedy-multi-step"
@@ -99,7 +99,7 @@ class _Walk:
     def __post_init__(self) -> None:
         self.costs = layer_costs(self.table, self.rule.cost)
         dense, other = whole_cost(self.table, self.rule.cost)
-        self.limit = self.rule.target * dense - other
+        self.limit = self.rule.target * dense * ROUNDING - other
         """What the searched layers may cost."""
         self.limit = max(self.limit, sum(min(costs) for costs in self.costs))
         self.way = self.spent(self.table.dense) - self.limit
@@ -130,6 +130,8 @@ class _Walk:
         while self.stride > 1 and 4 * left * self.rule.step < self.way * self.stride:
             self.stride //= 2
         self.moves = self.found() if left > 0 else []
+        if left > 0:
+            self.lengthen()
 
     def found(self) -> list[Move]:
         """The moves from the current rank map that save cost."""
@@ -175,20 +177,24 @@ class _Walk:
         if left:
             self.enter(self.after(min(left, key=lambda move: (self.slopes[move], move))))
             return
-        while not left and self.stride < max(len(layer.candidates) for layer in self.table.layers):
+        self.moves = []
+        self.lengthen()
+
+    def lengthen(self) -> None:
+        """Look for longer moves as long as there is none: short ones may have failed, or save nothing."""
+        while not self.moves and self.stride < max(len(layer.candidates) for layer in self.table.layers):
             self.stride += 1
-            left = [move for move in self.found() if move not in self.failed]
-        self.moves = left
+            self.moves = [move for move in self.found() if move not in self.failed]
 
 
 def lower(layer: LayerPrices, at: int, stride: int) -> list[int]:
     """The candidates that one move of ``stride`` reaches from the candidate ``at``, cheapest first."""
     here, reached = layer.candidates[at], {max(at - stride, 0)}
-    for form in {candidate.format for candidate in layer.candidates if not candidate.dense}:
-        same = {c.ranks: i for i, c in enumerate(layer.candidates) if c.format == form}
+    for form in {(candidate.format, candidate.bits) for candidate in layer.candidates if not candidate.dense}:
+        same = {c.ranks: i for i, c in enumerate(layer.candidates) if (c.format, c.bits) == form}
         if here.dense:
             reached.add(sorted(same.values())[-min(stride, len(same))])
-        elif here.format == form:
+        elif (here.format, here.bits) == form:
             down = tuple(_level_below(same, mode, rank, stride) for mode, rank in enumerate(here.ranks))
             single = [(*here.ranks[:m], rank, *here.ranks[m + 1 :]) for m, rank in enumerate(down)]
             reached |= {same[ranks] for ranks in (*single, down) if ranks in same}

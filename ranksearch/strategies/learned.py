@@ -40,6 +40,8 @@ draws from all of it mostly try what is worse than what is known."""
 LEAST_ACCURACY: Final = 1e-3
 NOISE: Final = 0.1
 """Standard deviation of a loss, as a share of what it is above the least one."""
+WORST: Final = 2.0
+"""A network is no worse than this many times the loss of a guess."""
 LEAST_NOISE: Final = 0.01
 """The same as a share of the largest loss, at least."""
 AT_THE_LIMIT: Final = 1e-6
@@ -94,7 +96,10 @@ class _Quality:
         """Of a complete trial: the negative logarithm of its accuracy, or its loss. Less is better."""
         if trial.outcome is None:
             return None
-        return -log(max(trial.outcome.accuracy_search, LEAST_ACCURACY)) if self.accuracy else trial.outcome.loss
+        if self.accuracy:
+            return -log(max(trial.outcome.accuracy_search, LEAST_ACCURACY))
+        # A loss has no end: one that a broken network has would drown what the others differ by.
+        return min(trial.outcome.loss, WORST * self.worst_loss)
 
     def shown(self, z: Floats) -> Floats:
         """The share of wrong answers, or the loss."""
@@ -214,7 +219,10 @@ class LearnedPrices:
         the hypervolume that there is: what the trials to come would gain, were these the weights.
         """
         added = self.weighted(weights)
-        new = self._rows([c for c in predicted_front(self.prices.costs, added) if c not in known])
+        drawn = predicted_front(self.prices.costs, added)
+        if self.slowest < inf:  # what is cheap need not be fast
+            drawn = tuple(dict.fromkeys([*drawn, *predicted_front(layer_costs(self.table, "latency"), added)]))
+        new = self._rows([c for c in drawn if c not in known])
         new = new[self._totals(new, self.macs) + self.table.other_macs <= self.limit]
         if self.slowest < inf:
             new = new[[self.table.latency_ratio(choices) <= self.slowest for choices in new.tolist()]]
@@ -241,9 +249,10 @@ class LearnedPrices:
         return tuple(new[int(np.argmax(merit))].tolist()), promise
 
     def incumbent(self, rng: np.random.Generator) -> Choices:
-        """One of the measured front's rank maps; without any, dense, or the cheapest where dense is not allowed."""
+        """One of the measured front's rank maps; without any, dense, the cheapest or the fastest, which is allowed."""
         if not self.front:
-            return self.table.dense if self.allowed(self.table.dense) else (0,) * self.layers
+            plain = (self.table.dense, (0,) * self.layers)
+            return next((choices for choices in plain if self.allowed(choices)), self.table.fastest)
         return self.front[rng.integers(len(self.front))][1]
 
     def _cost(self, maps: Ints) -> Floats:
@@ -265,14 +274,14 @@ class LearnedPrices:
 def _slope(x: Floats, z: Floats, noise: Floats) -> float:
     """Of a line through the points ``(N,)``, weighted by their noise; where it does not rise, that of their ranges.
 
-    1 where all the points have one x: they say nothing of it.
+    1 where all the points have one x: they say nothing of it; that of a range of 1 where they have one z.
     """
     if not np.ptp(x) > 0:
         return 1.0
     centred = x - np.average(x, weights=noise**-2)
     slope = float((noise**-2 * centred * z).sum() / max((noise**-2 * centred**2).sum(), 1e-300))
     rise = float(np.ptp(z)) / max(float(np.ptp(x)), 1e-12)
-    return slope if isfinite(slope) and slope > 0.01 * rise else rise or 1.0
+    return slope if isfinite(slope) and slope > 0.01 * rise else rise or 1.0 / float(np.ptp(x))
 
 
 def gains(points: Floats, front: Floats, reference: Floats) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,10 +38,17 @@ class Random:
         return Proposal(choices=step_to_new(table, choices, known, rng), origin=NAME)
 
 
-def steps_from(table: PriceTable, choices: tuple[int, ...], rng: np.random.Generator) -> Iterator[tuple[int, ...]]:
+def steps_from(
+    table: PriceTable,
+    choices: tuple[int, ...],
+    rng: np.random.Generator,
+    *,
+    through: Callable[[tuple[int, ...]], bool] = lambda _: True,
+) -> Iterator[tuple[int, ...]]:
     """Every rank map of a table, ``choices`` first, those before that are fewer steps away.
 
-    A step changes one layer by one candidate; in which order those of a rank map are taken is drawn.
+    A step changes one layer by one candidate; in which order those of a rank map are taken is drawn. No step leads to
+    what ``through`` denies, nor beyond.
     """
     counts = [len(layer.candidates) for layer in table.layers]
     steps = [(layer, step) for layer, count in enumerate(counts) if count > 1 for step in (-1, 1)]
@@ -53,7 +60,7 @@ def steps_from(table: PriceTable, choices: tuple[int, ...], rng: np.random.Gener
             layer, step = steps[i]
             if 0 <= here[layer] + step < counts[layer]:
                 there = (*here[:layer], here[layer] + step, *here[layer + 1 :])
-                if there not in seen:
+                if there not in seen and through(there):
                     seen.add(there)
                     waiting.append(there)
 

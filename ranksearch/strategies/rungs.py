@@ -60,27 +60,22 @@ class Rungs:
             found = self._promoted(table, latest, lower, higher)
             if found is not None:
                 return replace(found.proposal, fidelity=higher, note={"parent": found.index})
-        answer = self.main.propose(table, self._seen(latest))
+        lowest = [t for _, t in sorted(latest.items()) if t.proposal.fidelity == self.shares[0]]
+        answer = self.main.propose(table, _alone(lowest))
         if isinstance(answer, Proposal):
-            return replace(answer, fidelity=levels[0])
+            parent = answer.note.get("parent")
+            known = {} if parent is None else {"parent": lowest[parent].index}
+            return replace(answer, fidelity=levels[0], note={**answer.note, **known})
         # What runs on a rung may go on to the next.
         waits = any(trial.state == "RUNNING" and trial.proposal.fidelity < 1 for trial in latest.values())
         return WAIT if answer is DONE and waits else answer
-
-    def _seen(self, latest: Mapping[int, Trial]) -> list[Trial]:
-        """The trials of the lowest rung as those of a search without rungs."""
-        lowest = [t for _, t in sorted(latest.items()) if t.proposal.fidelity == self.shares[0]]
-        return [
-            replace(trial, number=i, index=i, attempt=0, proposal=replace(trial.proposal, fidelity=1.0))
-            for i, trial in enumerate(lowest)
-        ]
 
     def _promoted(self, table: PriceTable, latest: Mapping[int, Trial], lower: float, higher: float) -> Trial | None:
         """The trial of one rung that is due to go on; None where enough did."""
         ended = [t for _, t in sorted(latest.items()) if t.proposal.fidelity == lower and t.within_limits]
         above = {t.proposal.choices for t in latest.values() if t.proposal.fidelity == higher}
         left = [trial for trial in ended if trial.proposal.choices not in above]
-        if not left or len(above) >= ceil(self.promote * len(ended)):
+        if not left or len(above) >= ceil(round(self.promote * len(ended), 9)):
             return None
         if self.targets and len(above) % 2 == 0:
             macs = self.targets[len(above) // 2 % len(self.targets)] * table.dense_macs
@@ -110,6 +105,14 @@ class Rungs:
 
     def _point(self, trial: Trial) -> Point:
         return minimised(cast(tuple[float, ...], trial.values), self.objectives)
+
+
+def _alone(lowest: Sequence[Trial]) -> list[Trial]:
+    """The trials of the lowest rung as those of a search without rungs."""
+    return [
+        replace(trial, number=i, index=i, attempt=0, proposal=replace(trial.proposal, fidelity=1.0))
+        for i, trial in enumerate(lowest)
+    ]
 
 
 def _outcome(trial: Trial) -> Outcome:

@@ -39,12 +39,15 @@ def lost_energy(layer: LayerPrices) -> list[float]:
     for name, values in layer.spectra:
         squares = np.square(values)[::-1].cumsum()[::-1]
         tails[name] = np.append(squares, 0.0) / (squares[0] or 1.0)
+    # Of several widths the widest, beside which the others lose something too.
+    exact = {(c.format, c.ranks): c.error for c in sorted(layer.candidates, key=lambda c: c.bits)}
     lost = []
     for candidate in layer.candidates:
         unfolding = UNFOLDINGS.get(candidate.format, ())
         if len(unfolding) == 1 and unfolding[0] in tails:
             tail = tails[unfolding[0]]
-            lost.append(float(tail[min(candidate.ranks[0], len(tail) - 1)]))
+            rounding = candidate.error - exact[candidate.format, candidate.ranks]
+            lost.append(float(tail[min(candidate.ranks[0], len(tail) - 1)]) + rounding)
         else:
             lost.append(candidate.error)
     return lost
