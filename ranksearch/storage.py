@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock, get_lock_file
 from optuna.storages.journal._storage import JournalOperation
 from optuna.study import StudyDirection
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, TimeoutError
 
 from ranksearch.errors import StudyError, reason_of
 from ranksearch.lock import FILE, DatabaseLock, lock_folder
@@ -56,7 +58,7 @@ class Store:
         return self.folder / "cache"
 
     def folder_of(self, name: str) -> Path:
-        """Folder of a study's files.
+        """Folder of a study's files; studies of one name in several databases have one each.
 
         Raises:
             StudyError: the name is not fit for a folder.
@@ -66,7 +68,7 @@ class Store:
                 f"the name of a study must be 1 to 100 letters, digits, '.', '_' or '-', found {name!r}. "
                 "Choose another."
             )
-        return self.folder / "studies" / name
+        return self.folder / "studies" / (f"{name}@{_digest(self.url)}" if self.url else name)
 
     def names(self) -> list[str]:
         """Names of the studies that are here."""
@@ -248,6 +250,16 @@ class Store:
 
 class _TakenError(Exception):
     """A name that another study has, or is about to have."""
+
+
+def _digest(url: str) -> str:
+    """Of the database that a URL names, whoever logs in there."""
+    with suppress(ArgumentError):  # that it is none is told where the storage is opened
+        found = make_url(url)._replace(username=None, password=None)
+        if found.drivername.startswith("sqlite") and found.database:
+            found = found._replace(database=str(Path(found.database).resolve()))
+        url = found.render_as_string()
+    return hashlib.sha256(url.encode()).hexdigest()[:12]
 
 
 def _fill(storage: BaseStorage, name: str, uid: str, setting: Setting) -> int:

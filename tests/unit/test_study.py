@@ -233,6 +233,18 @@ def test_unknown_and_taken_names(store: Store) -> None:
         raise AssertionError
 
 
+def test_studies_of_one_name_share_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    stores = [Store(), Store("sqlite:///a.db"), Store("sqlite:///b.db")]
+    studies = [store.create("one", setting_of(LIMITED)) for store in stores]
+    assert len({study.folder for study in studies}) == 3
+    with studies[0].driving(), studies[1].driving(), studies[2].driving():
+        assert Store(f"sqlite:///{tmp_path}/a.db").open("one").folder == studies[1].folder
+    urls = [f"postgresql://{who}host:5432/searches" for who in ("", "me@", "me:secret@", "you:other@")]
+    assert len({Store(url).folder_of("one") for url in urls}) == 1
+
+
 def test_a_name_is_held_from_the_start(store: Store) -> None:
     """Two searches of one space at once: the second gets the next number, or an error if it insists."""
     again = Store(store.url or store.folder)
