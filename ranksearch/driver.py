@@ -173,7 +173,15 @@ class Driver:
     def _begin(self, proposal: Proposal, index: int, attempt: int) -> Task:
         trial = self._study.begin(proposal, index=index, attempt=attempt)
         self._note(trial)
-        return task_of(self._study, trial, tuple(self._front.points))
+        return task_of(self._study, trial, tuple(self._before(index).points))
+
+    def _before(self, index: int) -> NumberedFront:
+        """The front that a proposal is held against; when deterministic, without what ended of its own batch."""
+        first = index - index % self._space.strategy.batch
+        mates = (self._latest[i] for i in range(first, len(self._latest)))
+        if not self._space.deterministic or not any(trial.feasible for trial in mates):
+            return self._front
+        return self._front_of(trial for trial in self._trials.values() if trial.index < first)
 
     def _front_of(self, trials: Iterable[Trial]) -> NumberedFront:
         """The front of the feasible trials, by their numbers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ RECORDED = "recorded"
 """In place of a file or folder: the data that the rank map's search used."""
 
 _DEFAULTS = {"seed": 0, "batch_images": 256, "cpus_per_trial": 1, "gpus_per_trial": 0}
+_LEAST = {"batch_images": 1, "cpus_per_trial": 1}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,9 +131,13 @@ def scoring_of(rank_map: RankMap) -> tuple[int, int, torch.device]:
 
 def provenance_of(rank_map: RankMap, key: str) -> Any:
     """A number that the map records of its search, or its default; raises :class:`RankMapError` where it is none."""
-    value = rank_map.provenance.get(key, _DEFAULTS[key])
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise RankMapError(f"provenance.{key} of the rank map must be a number, found {value!r}. Export it again.")
+    value, least = rank_map.provenance.get(key, _DEFAULTS[key]), _LEAST.get(key, 0)
+    number = isinstance(value, int) or (isinstance(value, float) and key == "gpus_per_trial" and isfinite(value))
+    if isinstance(value, bool) or not number or value < least:
+        kind = "number" if key == "gpus_per_trial" else "whole number"
+        raise RankMapError(
+            f"provenance.{key} of the rank map must be a {kind} from {least} on, found {value!r}. Export it again."
+        )
     return value
 
 

@@ -11,7 +11,15 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from ranksearch.comparison.result import Choice, Comparison, Run, choice_of, chosen, run_of
-from ranksearch.comparison.variants import TRAINED, Variant, check_same, check_variant, given_maps, variants_of
+from ranksearch.comparison.variants import (
+    TRAINED,
+    Variant,
+    check_comparable,
+    check_same,
+    check_variant,
+    given_maps,
+    variants_of,
+)
 from ranksearch.driver import Watch
 from ranksearch.engine.resources import check
 from ranksearch.errors import PriceError, Problem, RankMapError, SpaceError, TrackingError
@@ -183,6 +191,7 @@ class _Work:
                 try:
                     check_variant(wanted)
                     studies[variant.label] = self._searched(self._study_name(variant.slug, seed), wanted, place + i)
+                    check_comparable(list(studies.values()))
                 except (SpaceError, PriceError) as error:
                     self.failures[variant.label] = error
         self.uids.extend(study.uid for study in studies.values())
@@ -206,6 +215,7 @@ class _Work:
         picked = [(study, trial) for study in studies for target in self.targets if (trial := chosen(study, target))]
         wanted = {choice_of(study, trial): rank_map_of(study, trial) for study, trial in picked}
         done = [self._searched(study.name, study.space, place) for study in self._trained(seed)]
+        check_comparable([*studies, *done])
         known = {choice_of(study, trial) for study in done for trial in study.trials()}
         missing = [_kept(rank_map, self.folder) for choice, rank_map in wanted.items() if choice not in known]
         if missing:

@@ -186,6 +186,20 @@ def check_same(study: Study, space: Space) -> None:
         )
 
 
+def check_comparable(studies: Sequence[Study]) -> None:
+    """Check that the searches are of one network on the same images: names of both may hold something else by now.
+
+    Raises:
+        StudyError: naming those that are not.
+    """
+    strange = [study.name for study in studies[1:] if not study.setting.comparable(studies[0].setting)]
+    if strange:
+        raise StudyError(
+            f"a comparison must be of one network and the same images, {', '.join(strange)} had other weights or "
+            f"images than {studies[0].name}. Bring these back, or give the comparison another name with --study."
+        )
+
+
 def _comparable(space: Space) -> dict[str, Any]:
     """What decides over a trial's outcome."""
     free: Any = {

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ranksearch.conv import Conv
 from ranksearch.decompositions import FORMATS, compressed_stages
@@ -39,7 +41,7 @@ from ranksearch.latency.record import Key, LatencyTable
 from ranksearch.latency.runtimes import Runtime, runner
 from ranksearch.space import LatencySpec
 from ranksearch.stages import build_stage
-from ranksearch.surgery import Shape, replaced
+from ranksearch.surgery import Shape, replaced, run_one
 from ranksearch.table import Candidate, PriceTable, Timing
 
 ROUNDS = 3
@@ -100,7 +102,7 @@ def latencies(
     device, threads = next(model.parameters()).device, spec.threads or threads
     versions = relevant(versions, spec)
     keys = list(dict.fromkeys(key for layer in _layers(table) for key in layer))
-    about = [*target(spec, threads, device, versions), list(input_shape), rank_multiple]
+    about = [*target(spec, threads, device, versions), list(input_shape), rank_multiple, _work(model, input_shape)]
     file = None if cache is None else cache / "latencies" / f"{_digest(about, table)}.json"
     if file is not None and file.exists():
         try:
@@ -236,6 +238,27 @@ def _layers(table: PriceTable) -> list[list[Key]]:
     """The keys of every layer's candidates, and of the pinned layers' one with the dense one."""
     searched = [[(x.conv, c.format, c.ranks) for c in x.candidates] for x in table.layers]
     return searched + [[(conv, c.format, c.ranks), (conv, "dense", ())] for _, conv, c in table.pinned]
+
+
+class _Operators(TorchDispatchMode):
+    """Keeps which operators run, on tensors of which shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = hashlib.sha256()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [tuple(value.shape) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        self.seen.update(f"{func} {shapes}\n".encode())
+        return func(*args, **(kwargs or {}))
+
+
+def _work(model: nn.Module, input_shape: Shape) -> str:
+    """Hash of what a network computes on an image, whatever its weights: layers alike may stand in any network."""
+    operators = _Operators()
+    with operators:
+        run_one(model, input_shape)
+    return operators.seen.hexdigest()
 
 
 def _digest(about: Sequence[Any], table: PriceTable) -> str:

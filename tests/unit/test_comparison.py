@@ -25,7 +25,7 @@ from ranksearch.comparison.pictures import (
     hypervolume_band,
 )
 from ranksearch.comparison.result import Cell, Comparison, Point, Run, choice_of, run_of
-from ranksearch.comparison.variants import check_same, variants_of
+from ranksearch.comparison.variants import check_comparable, check_same, variants_of
 from ranksearch.driver import Driver
 from ranksearch.engine.local import LocalEngine
 from ranksearch.errors import SpaceError, StudyError
@@ -305,6 +305,18 @@ def test_a_study_goes_on_under_its_own_space_only(tmp_path: Path) -> None:
     other = SPACE.model_copy(update={"strategy": strategy, "formats": ["svd"]})
     with pytest.raises(StudyError, match=r"formats: .*options\.population_size: 4 there, 6 here.*--study"):
         check_same(study, other)
+
+
+def test_searches_of_another_network_or_images_are_not_compared(tmp_path: Path) -> None:
+    setting = setting_of(SPACE)
+    retrained = replace(setting, model=setting.model.model_copy(update={"weights_sha256": "0" * 64}))
+    changed = [setting, setting, retrained, replace(setting, data_digest="others")]
+    studies = [Store(tmp_path).create(f"study-{i}", each) for i, each in enumerate(changed)]
+    check_comparable(studies[:2])
+    check_comparable([])
+    for stranger in studies[2:]:
+        with pytest.raises(StudyError, match=rf"{stranger.name} had other weights or images than study-0.*--study"):
+            check_comparable([studies[0], stranger])
 
 
 def test_a_study_goes_on_with_the_rank_multiple_that_was_measured_for_it(tmp_path: Path) -> None:

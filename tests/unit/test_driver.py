@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,24 @@ def test_tasks_come_in_batches_that_wait_for_each_other(tmp_path: Path) -> None:
     for task in second:
         driver.done(task, table_outcome(TABLE, task.choices))
     assert driver.take(1) is DONE
+
+
+def test_what_is_tried_again_is_held_against_the_same_front(tmp_path: Path) -> None:
+    """The front says which trials are scored on the report images: that must not depend on what was interrupted."""
+    study = created(tmp_path, space(trials=12))
+    driver = driver_of(study)
+    for task in taken(driver, 4):
+        driver.done(task, table_outcome(TABLE, task.choices))
+    batch = taken(driver, 4)
+    assert len({task.incumbents for task in batch}) == 1
+    assert batch[0].incumbents
+    for task in batch[:2]:  # onto the front
+        driver.done(task, replace(table_outcome(TABLE, task.choices), accuracy_search=0.99))
+    driver.done(batch[2], Failure(reason="its worker died", interrupted=True))
+    driver.stop()
+    again = taken(driver_of(study), 4)
+    assert [task.choices for task in again] == [task.choices for task in batch[2:]]
+    assert {task.incumbents for task in again} == {batch[0].incumbents}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

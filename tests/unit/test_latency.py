@@ -233,6 +233,24 @@ def test_measured_once_a_machine(network: nn.Module, table: PriceTable, tmp_path
     assert math.isfinite(measure(batch_images=2).dense_ms)
 
 
+class _Busy(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(500):
+            x = x.sin()
+        return super().forward(x)
+
+
+def test_layers_alike_in_another_network_are_timed_in_that(
+    network: nn.Module, table: PriceTable, tmp_path: Path
+) -> None:
+    found = [
+        latencies(model, SHAPE, table, LatencySpec(), threads=1, versions={}, cache=tmp_path)
+        for model in (network, _Busy(*network))
+    ]
+    assert found[1].dense_ms > found[0].dense_ms
+    assert len(list((tmp_path / "latencies").iterdir())) == 2
+
+
 def test_what_asks_for_latencies(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text("model: {name: digits-cnn}\n")

@@ -10,6 +10,7 @@ import pytest
 from ranksearch.conv import Conv
 from ranksearch.errors import RankMapError
 from ranksearch.rankmap import LayerRanks, ModelRecord, RankMap, WeightsRecord
+from ranksearch.recorded import provenance_of
 
 CONV = Conv(in_channels=4, out_channels=6, kernel=(3, 5), stride=(2, 1), padding=(1, 2), size=(9, 8), bias=False)
 
@@ -104,3 +105,25 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.json", tmp_path, tmp_path / "binary.json"):
         with pytest.raises(RankMapError, match="cannot read the rank map"):
             RankMap.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "least"),
+    [
+        ("batch_images", 0, 1),
+        ("batch_images", 2.5, 1),
+        ("cpus_per_trial", 0, 1),
+        ("seed", float("inf"), 0),
+        ("seed", 0.5, 0),
+        ("seed", True, 0),
+        ("gpus_per_trial", float("nan"), 0),
+        ("gpus_per_trial", "one", 0),
+    ],
+)
+def test_what_a_map_records_of_its_search_must_make_sense(key: str, value: object, least: int) -> None:
+    made = some_map()
+    kept = {"batch_images": 64, "cpus_per_trial": 2, "seed": 7, "gpus_per_trial": 0.5}
+    for name, good in kept.items():
+        assert provenance_of(made.model_copy(update={"provenance": kept}), name) == good
+    with pytest.raises(RankMapError, match=rf"provenance\.{key} .* number from {least} on, found {value!r}.*Export"):
+        provenance_of(made.model_copy(update={"provenance": kept | {key: value}}), key)
