@@ -159,5 +159,6 @@ def _key(files: Sequence[_File], size_px: int | None, mode: Mode) -> str:
     digest = hashlib.blake2b(repr((1, size_px, mode)).encode(), digest_size=12)
     for file in files:
         stat = file.path.stat()
-        digest.update(repr((file.name, stat.st_size, stat.st_mtime_ns)).encode())
+        about = (str(file.path.resolve()), file.name, stat.st_size, stat.st_mtime_ns)
+        digest.update(repr(about).encode())
     return digest.hexdigest()

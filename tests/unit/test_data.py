@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
 import sys
@@ -256,6 +257,17 @@ def test_folder_is_decoded_once(tmp_path: Path) -> None:
     assert calls == [(24, 24)]
     assert not np.array_equal(first.train.images, changed.train.images)
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".npy"}
+
+
+def test_folders_alike_have_their_own_images(tmp_path: Path) -> None:
+    """Files of the same names, sizes and times: uncompressed ones out of an archive of fixed times are."""
+    found = []
+    for seed in range(2):
+        root = make_image_folder(tmp_path / f"images-{seed}", suffix=".bmp", seed=seed)
+        for file in root.rglob("*.bmp"):
+            os.utime(file, (1e9, 1e9))
+        found.append(load(folder_spec(root), tmp_path))
+    assert not np.array_equal(found[0].train.images, found[1].train.images)
 
 
 def test_folder_images_survive_pickling_and_are_read_only(tmp_path: Path) -> None:
