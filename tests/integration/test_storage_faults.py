@@ -137,7 +137,7 @@ def test_a_result_that_cannot_be_recorded_in_time_is_spooled_and_replayed(databa
         database.start()
     assert "StudyError" in search.log
     assert "can be resumed" in search.log
-    (spool,) = tmp_path.glob(f"**/studies/{NAME}/spool.jsonl")
+    (spool,) = tmp_path.glob(f"**/studies/{NAME}@*/spool.jsonl")
     before = search.evaluated()
     search.finish()
     trials = check_study(search.study(), 8)
@@ -156,7 +156,7 @@ def test_a_driver_killed_while_its_database_is_away_loses_no_result(database: Po
         database.crash()
         search.release()
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(f"**/studies/{NAME}/spool.jsonl")):
+        while not list(tmp_path.glob(f"**/studies/{NAME}@*/spool.jsonl")):
             assert driver.poll() is None, search.log
             assert time.monotonic() < deadline, search.log
             time.sleep(0.1)
