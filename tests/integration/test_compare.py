@@ -10,8 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from mlflow import MlflowClient
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from ranksearch import Comparison, compare
 from ranksearch.cli import main
@@ -208,6 +211,18 @@ def test_another_space_under_the_same_name_is_refused(copy: Path) -> None:
         compared(copy, ["energy", "knapsack"], "formats=[svd]")
     with pytest.raises(StudyError, match=r"one-trained-0 differs: \$\.evaluation\.fine_tune\.steps: 2 there, 3 here"):
         compared(copy, fine_tune_steps=3)
+    assert counted(copy) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stranger", ["one-uniform-0", "one-trained-0"])
+def test_other_images_behind_the_same_names_are_refused(stranger: str, copy: Path) -> None:
+    journal = JournalStorage(JournalFileBackend(str(copy / "studies" / stranger / "journal.log")))
+    study = optuna.load_study(study_name=stranger, storage=journal)
+    study.set_user_attr("ranksearch", json.dumps(json.loads(study.user_attrs["ranksearch"]) | {"data_digest": "other"}))
+    before = counted(copy)
+    with pytest.raises(StudyError, match=rf"{stranger} had other weights or images than one-knapsack-0.*--study"):
+        compared(copy, seeds=1)
     assert counted(copy) == before
 
 
