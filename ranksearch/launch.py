@@ -23,6 +23,7 @@ from ranksearch.location import located
 from ranksearch.preparation import (
     Network,
     Notify,
+    check_dense,
     factorise,
     latencies_of,
     make_bench,
@@ -242,6 +243,7 @@ def bench_of(study: Study, store: Store, notify: Notify = silent) -> tuple[Netwo
                 f"the network must be that of the study, the weights in {network.record.weights} have changed since. "
                 "Restore them, or search again."
             )
+        check_dense(network, study.setting, store.cache)
         factors, _ = factorise(network, store.cache, notify)
         return network, make_bench(network, factors, study.setting, study.weights_folder, store.cache, notify)
 

@@ -35,6 +35,11 @@ from ranksearch.setting import Setting
 from ranksearch.study import Study
 from ranksearch.trial import MAXIMISED
 
+_DOCUMENT = "ranksearch"
+"""The attribute of a study that holds its setting."""
+_CREATING = "creating"
+"""The file in a study's folder that is there while the study is being made in a database."""
+
 
 class Store:
     """Where studies live: a folder, and by default one Optuna journal a study in it.
@@ -73,10 +78,17 @@ class Store:
     def names(self) -> list[str]:
         """Names of the studies that are here."""
         if self.url:
-            return sorted(optuna.get_all_study_names(self._storage(self.folder)))
+            storage = self._storage(self.folder)
+            begun = {name.rpartition("@")[0] for name in self._folders_with(_CREATING)}
+            known = optuna.get_all_study_names(storage)
+            return sorted(one for one in known if one not in begun or self._half_made(storage, one) is None)
+        return sorted(self._folders_with("journal.log"))
+
+    def _folders_with(self, file: str) -> list[str]:
+        """Names of the studies' folders in which a file is."""
         # The folder of the studies goes with the last name given back, even while it is read: then there are none.
         with suppress(FileNotFoundError):
-            return sorted(path.parent.name for path in self.folder.glob("studies/*/journal.log"))
+            return [path.parent.name for path in self.folder.glob(f"studies/*/{file}")]
         return []
 
     @contextmanager
@@ -105,6 +117,7 @@ class Store:
             except BaseException:
                 with suppress(StudyError):
                     if chosen not in self.names():
+                        self._discard(chosen)
                         _give_back(self.folder_of(chosen))
                 raise
 
@@ -151,15 +164,43 @@ class Store:
             (folder / "weights").mkdir(parents=True, exist_ok=True)
             part.unlink(missing_ok=True)
             storage = self._storage(part)
+            if self.url:
+                self._discard(name)
+                (folder / _CREATING).touch()
             with self.explained():
-                study_id = _fill(storage, name, uid, setting)
-            if not self.url:
+                try:
+                    study_id = _fill(storage, name, uid, setting)
+                except DuplicatedStudyError:
+                    (folder / _CREATING).unlink(missing_ok=True)  # the one that is there is not ours to remove
+                    raise
+            if self.url:
+                (folder / _CREATING).unlink(missing_ok=True)
+            else:
                 part.rename(journal)
                 storage = self._storage(journal)
         except OSError as error:
             part.unlink(missing_ok=True) if not fresh else shutil.rmtree(folder, ignore_errors=True)
             raise self._unwritten(name, error) from error
         return self._study(name, storage, study_id, setting, uid)
+
+    def _half_made(self, storage: BaseStorage, name: str) -> int | None:
+        """Number of a study in the database whose driver was killed on this machine while it made it; else None."""
+        if not (self.folder_of(name) / _CREATING).exists():
+            return None
+        with suppress(KeyError):  # another process made the study, or none of this name is there
+            study_id = storage.get_study_id_from_name(name)
+            if _DOCUMENT not in storage.get_study_user_attrs(study_id):
+                return study_id
+        return None
+
+    def _discard(self, name: str) -> None:
+        """Remove what a killed driver left of a study in the database, that the name can be used; see `create`."""
+        if self.url:
+            storage = self._storage(self.folder)
+            with self.explained():
+                if (study_id := self._half_made(storage, name)) is not None:
+                    storage.delete_study(study_id)
+            (self.folder_of(name) / _CREATING).unlink(missing_ok=True)
 
     def open(self, name: str, *, read_only: bool = False) -> Study:
         """The study of this name; ``read_only``: not even a half-written last line is mended.
@@ -179,7 +220,7 @@ class Store:
             storage = self._storage(folder / "journal.log")
             study_id = storage.get_study_id_from_name(name)
             attrs = storage.get_study_user_attrs(study_id)
-            setting, uid = Setting.from_json(json.loads(attrs["ranksearch"])), str(attrs["uid"])
+            setting, uid = Setting.from_json(json.loads(attrs[_DOCUMENT])), str(attrs["uid"])
         except (LookupError, ValueError, TypeError, AttributeError, OSError, AssertionError) as error:
             raise StudyError(
                 f"the study {name} in {self._place} cannot be read ({type(error).__name__}: {error}). "
@@ -269,14 +310,14 @@ def _fill(storage: BaseStorage, name: str, uid: str, setting: Setting) -> int:
     study_id = storage.create_new_study(directions, name)
     storage.set_study_system_attr(study_id, "study:metric_names", list(objectives))
     storage.set_study_user_attr(study_id, "uid", uid)
-    storage.set_study_user_attr(study_id, "ranksearch", json.dumps(setting.to_json()))
+    storage.set_study_user_attr(study_id, _DOCUMENT, json.dumps(setting.to_json()))  # last: with it the study is whole
     return study_id
 
 
 def _give_back(folder: Path) -> None:
     """Remove the folder of a study that was not made, but for what is not the study's."""
     with suppress(OSError):
-        for name in ("journal.part", "journal.lock", FILE):
+        for name in ("journal.part", "journal.lock", _CREATING, FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / "weights").exists():
             (folder / "weights").rmdir()

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ranksearch.data import load_data
 from ranksearch.decompositions import FORMATS
-from ranksearch.errors import DataError, EngineError, RanksearchError, SpaceError, TrackingError
+from ranksearch.errors import DataError, EngineError, RanksearchError, SpaceError, StudyError, TrackingError
 from ranksearch.evaluation import Evaluator
 from ranksearch.export import choose, load_compressed, rank_map_of, read_compressed
 from ranksearch.handover import compare, export_trial
@@ -193,6 +193,34 @@ def test_an_export_evaluates_to_the_trial(folder: Path, tmp_path: Path) -> None:
             assert comparison.compressed.accuracy == trial.outcome.accuracy
         assert comparison.dense.accuracy == study.setting.dense["accuracy"]
         assert read_compressed(weights)[0].layers == exported.layers
+
+
+class Scaled(torch.nn.Module):
+    """A user's network, whose forward pass somebody edits."""
+
+    scale = 1.0
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Conv2d(1, 16, 3, padding=1)
+        self.second = torch.nn.Conv2d(16, 16, 3, padding=1)
+        self.classifier = torch.nn.Linear(16, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3))
+        logits: torch.Tensor = self.classifier(hidden) * self.scale
+        return logits
+
+
+def test_a_search_does_not_go_on_over_another_forward_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [f"model.name={__name__}:Scaled", "model.options={num_classes: 10}"]
+    searched(folder, *own, trials=2)
+    monkeypatch.setattr(Scaled, "scale", 1.5)
+    with pytest.raises(StudyError, match=r"found a loss of .* the forward pass of .*:Scaled has changed"):
+        resume("one", storage=folder, trials=4)
+    monkeypatch.undo()
+    assert len(resume("one", storage=folder, trials=4).trials()) == 4
 
 
 @pytest.mark.slow

@@ -292,6 +292,66 @@ def test_a_killed_preparation_blocks_no_name(store: Store) -> None:
     assert not (store.folder_of("one") / "journal.part").exists()
 
 
+CREATE = """
+import os, sys
+from optuna.storages import JournalStorage, RDBStorage
+from ranksearch.storage import Store
+from tests.studies import setting_of, space_of
+
+left = int(sys.argv[2])
+
+def killing(kind, method):
+    write = getattr(kind, method)
+    def killed(*given):
+        global left
+        made = write(*given)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return made
+    setattr(kind, method, killed)
+
+for kind in (JournalStorage, RDBStorage):
+    for method in ("create_new_study", "set_study_system_attr", "set_study_user_attr"):
+        killing(kind, method)
+store = Store(sys.argv[1])
+with store.reserved("one", exact=True) as name:
+    store.create(name, setting_of(space_of()))
+"""
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3])
+def test_a_driver_killed_while_it_creates_a_study_blocks_no_name(store: Store, writes: int) -> None:
+    store.create("two", setting_of(space_of()))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", CREATE, store.url or str(store.folder), str(writes)]
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert store.names() == ["two"]
+    with pytest.raises(StudyError, match="found: two"):
+        store.open("one")
+    with store.reserved("one", exact=False) as name:
+        assert name == "one"
+        filled(store.create(name, setting_of(space_of())), 2)
+    assert store.names() == ["one", "two"]
+    assert len(store.open("one").trials()) == 2
+
+
+def test_a_study_that_another_machine_makes_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = Store(f"sqlite:///{tmp_path}/studies.db")
+    store.create("two", setting_of(space_of()))
+    optuna.create_study(study_name="one", storage=RDBStorage(str(store.url)))
+    with pytest.raises(StudyError, match="'one' exists"), store.reserved("one", exact=True):
+        raise AssertionError
+    with monkeypatch.context() as stale:
+        stale.setattr(Store, "names", lambda self: [])
+        with pytest.raises(StudyError, match="another process has just made"):
+            store.create("one", setting_of(space_of()))
+        with pytest.raises(StudyError, match="another process has just made"):
+            store.create("one", setting_of(space_of()))
+    assert store.names() == ["one", "two"]
+
+
 def test_many_searches_at_once_get_a_name_each(tmp_path: Path) -> None:
     def prepare(folder: Path, i: int) -> str:
         store = Store(folder)
