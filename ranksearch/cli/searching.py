@@ -208,6 +208,14 @@ def _driving(storage: str | None, quiet: bool, as_json: bool) -> Iterator[Report
 def _conclude(study: Study, storage: str | None, as_json: bool) -> None:
     """The front, and what can be done with it; exit code 1 where it is empty."""
     trials = study.trials()
+    if not trials:
+        space = study.space
+        limits = space.budget.model_dump(include={*LIMITS, "minutes"}, exclude_none=True)
+        complain(
+            f"a search needs a rank map to try, and {space.strategy.name} has none within the budget's limits "
+            f"{limits}: no trial of {study.name} was made. Search again with wider limits, or another strategy."
+        )
+        raise typer.Exit(1)
     failed = [trial for trial in trials if trial.state == "FAIL"]
     complete = [trial for trial in trials if trial.state == "COMPLETE"]
     if not complete:

@@ -89,5 +89,25 @@ def test_a_search_by_latency(
         "--set", "budget.max_latency_ratio=0.0001", code=1)  # fmt: skip
     assert "$.budget.max_latency_ratio must be reachable: it is 0.0001" in capsys.readouterr().err
     assert "none" not in Store(None).names()
+
+    # A board on which only one layer becomes faster by what replaces it: no rank map that changes all of them keeps it.
+    one = next(iter(dense))
+    measured["layers_ms"] = [
+        [
+            conv,
+            form,
+            ranks,
+            ms if form == "dense" else dense[json.dumps(conv)] * (0.1 if json.dumps(conv) == one else 9),
+        ]
+        for conv, form, ranks, ms in measured["layers_ms"]
+    ]
+    Path("odd.json").write_text(json.dumps(measured | {"dense_ms": sum(dense.values())}))
+    limit = 1 - 0.5 * dense[one] / sum(dense.values())
+    run("search", "fast.yaml", "--study", "odd", "--set", "latency.table=odd.json",
+        "--set", f"budget.max_latency_ratio={limit}", "--set", "strategy.name=uniform", code=1)  # fmt: skip
+    told_at_end = " ".join(capsys.readouterr().err.split())
+    assert "uniform has none within the budget's limits {'max_latency_ratio': " in told_at_end
+    assert Store(None).open("odd").trials() == []
+
     run("search", "fast.yaml", "--set", "latency.table=nowhere.json", code=2)
     assert "must be a file that `ranksearch latency` wrote" in capsys.readouterr().err
