@@ -38,6 +38,8 @@ from ranksearch.models import build_model
 from ranksearch.space import DataSpec, ModelSpec
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.xdist_group("cli")  # by one worker: what its tests share is made once
+
 QUICKSTART = str(REPOSITORY / "search_spaces" / "quickstart.yaml")
 SMALL = [
     "data.train_images=400",

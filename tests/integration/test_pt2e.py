@@ -27,6 +27,8 @@ from ranksearch.stages import TiedConv
 from tests.networks import small_images
 from tests.whole import FOUR, PARTLY, calibrated, close, job_of, running_twice, searched, simulated, small, turned
 
+pytestmark = pytest.mark.xdist_group("pt2e")  # by one worker: what its tests share is made once
+
 TO = "pt2-int8"
 COMPILER = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))),

@@ -24,6 +24,8 @@ from ranksearch.study import Study
 from tests.integration.test_search import QUICKSTART, SMALL, UNTRACKED, found
 from tests.unit.test_rounding import on_grid
 
+pytestmark = pytest.mark.xdist_group("quantised_search")  # by one worker: what its tests share is made once
+
 FEW = [
     *(one for one in SMALL if not one.startswith("strategy")),
     UNTRACKED,

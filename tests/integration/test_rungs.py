@@ -22,6 +22,8 @@ from ranksearch.study import Study
 from tests.integration.test_cli import raw_study
 from tests.integration.test_search import QUICKSTART, SMALL, UNTRACKED, found, runs_of
 
+pytestmark = pytest.mark.xdist_group("rungs")  # by one worker: what its tests share is made once
+
 RUNGS = [
     *(one for one in SMALL if not one.startswith("strategy")),
     "strategy.name=auto",

@@ -25,6 +25,8 @@ from ranksearch.stages import TiedConv
 from tests.networks import small_images
 from tests.whole import FOUR, PARTLY, Tied, calibrated, close, job_of, running_twice, searched, simulated, small, turned
 
+pytestmark = pytest.mark.xdist_group("whole_numbers")  # by one worker: what its tests share is made once
+
 
 def exact_sums() -> Any:
     """Options as the README tells them: on x86 without VNNI, sums of products of int8 would overflow their 16 bits."""

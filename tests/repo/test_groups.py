@@ -1,4 +1,4 @@
-"""Tests that share one Ray, or one database server, run one after the other."""
+"""Tests that share one Ray, one database server or what takes long to make run one after the other."""
 
 from __future__ import annotations
 
