@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import importlib.metadata
-import math
 import os
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -55,8 +54,6 @@ _PRICE_BATCH, _PRICE_BATCH_VALUES = 32, 2**20
 activations and gradients are held."""
 _PARALLEL_MACS = 1e11
 """Work that takes a core some seconds: less is done before other workers have started."""
-_SAME_LOSS = 2e-3
-"""Share by which the dense network's loss may differ on another machine; a tenth of it where the loss is near 0."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -304,8 +301,7 @@ def check_dense(network: Network, setting: Setting, cache: Path) -> None:
         StudyError: its forward pass has changed, of which the hash of the weights says nothing.
     """
     search, _ = _dense_scores(network, cache)
-    # Another machine, or a GPU, rounds otherwise.
-    if not math.isclose(search.loss, setting.dense["loss"], rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS / 10):
+    if not setting.loses(search.loss):
         raise StudyError(
             f"the network must do what it did when the study began, found a loss of {search.loss:.6g} on the search "
             f"images for {setting.dense['loss']:.6g}: the forward pass of {network.record.name} has changed since. "

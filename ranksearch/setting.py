@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,9 @@ from ranksearch.config import recorded_space
 from ranksearch.rankmap import ModelRecord
 from ranksearch.space import Space
 from ranksearch.table import PriceTable
+
+_SAME_LOSS = 2e-3
+"""Share by which the dense network's loss may differ on another machine; a tenth of it where the loss is near 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +37,19 @@ class Setting:
     priced_seconds: float = field(default=0.0, compare=False)
     """Wall time in which the prices that the strategy reads were measured, once, for the cache maybe."""
 
+    def loses(self, loss: float) -> bool:
+        """Whether this is the dense network's loss on the search images, but for the rounding of another machine.
+
+        It tells what hashes of weights and images do not: the forward pass, and how its inputs are normalised.
+        """
+        return math.isclose(loss, self.dense["loss"], rel_tol=_SAME_LOSS, abs_tol=_SAME_LOSS / 10)
+
     def comparable(self, other: Setting) -> bool:
         """Whether the two searched the same network on the same data, so that their accuracies can be compared."""
-        return (self.model.weights_sha256, self.data_digest, self.model.name, self.dense["macs"]) == (
-            other.model.weights_sha256,
-            other.data_digest,
-            other.model.name,
-            other.dense["macs"],
+        mine, its = (
+            (one.model.weights_sha256, one.data_digest, one.model.name, one.dense["macs"]) for one in (self, other)
         )
+        return mine == its and self.loses(other.dense["loss"])
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; ``from_json`` reads it back."""

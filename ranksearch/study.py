@@ -391,14 +391,14 @@ class Study:
         """Accuracy against GMACs: the front, dominated trials, the budget, dense, and the fronts of other studies.
 
         Raises:
-            StudyError: another study is of other weights or other data.
+            StudyError: another study is of another network or other data.
         """
         from ranksearch.plots import front_figure
 
         if strangers := [study.name for study in baselines if not self.setting.comparable(study.setting)]:
             raise StudyError(
                 f"fronts on the same axes must be of the same network and data as {self.name}, found "
-                f"{', '.join(strangers)} of other weights or images. Draw those apart."
+                f"{', '.join(strangers)} of other weights, another forward pass or other images. Draw those apart."
             )
         trials = self.trials()
         return front_figure(

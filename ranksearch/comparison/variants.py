@@ -195,8 +195,9 @@ def check_comparable(studies: Sequence[Study]) -> None:
     strange = [study.name for study in studies[1:] if not study.setting.comparable(studies[0].setting)]
     if strange:
         raise StudyError(
-            f"a comparison must be of one network and the same images, {', '.join(strange)} had other weights or "
-            f"images than {studies[0].name}. Bring these back, or give the comparison another name with --study."
+            f"a comparison must be of one network and the same images, {', '.join(strange)} had other weights, another "
+            f"forward pass or other images than {studies[0].name}. Bring these back, or give the comparison another "
+            "name with --study."
         )
 
 

@@ -310,12 +310,14 @@ def test_a_study_goes_on_under_its_own_space_only(tmp_path: Path) -> None:
 def test_searches_of_another_network_or_images_are_not_compared(tmp_path: Path) -> None:
     setting = setting_of(SPACE)
     retrained = replace(setting, model=setting.model.model_copy(update={"weights_sha256": "0" * 64}))
-    changed = [setting, setting, retrained, replace(setting, data_digest="others")]
+    elsewhere, edited = ({**setting.dense, "loss": setting.dense["loss"] * times} for times in (1.0001, 1.01))
+    changed = [setting, replace(setting, dense=elsewhere), retrained, replace(setting, data_digest="others"),
+               replace(setting, dense=edited)]  # fmt: skip
     studies = [Store(tmp_path).create(f"study-{i}", each) for i, each in enumerate(changed)]
     check_comparable(studies[:2])
     check_comparable([])
     for stranger in studies[2:]:
-        with pytest.raises(StudyError, match=rf"{stranger.name} had other weights or images than study-0.*--study"):
+        with pytest.raises(StudyError, match=rf"{stranger.name} had other weights.* images than study-0.*--study"):
             check_comparable([studies[0], stranger])
 
 
