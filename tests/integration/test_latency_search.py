@@ -92,13 +92,9 @@ def test_a_search_by_latency(
 
     # A board on which only one layer becomes faster by what replaces it: no rank map that changes all of them keeps it.
     one = next(iter(dense))
+    shares = {key: 0.1 if key == one else 9 for key in dense}
     measured["layers_ms"] = [
-        [
-            conv,
-            form,
-            ranks,
-            ms if form == "dense" else dense[json.dumps(conv)] * (0.1 if json.dumps(conv) == one else 9),
-        ]
+        [conv, form, ranks, ms if form == "dense" else dense[json.dumps(conv)] * shares[json.dumps(conv)]]
         for conv, form, ranks, ms in measured["layers_ms"]
     ]
     Path("odd.json").write_text(json.dumps(measured | {"dense_ms": sum(dense.values())}))

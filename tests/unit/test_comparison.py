@@ -311,13 +311,14 @@ def test_searches_of_another_network_or_images_are_not_compared(tmp_path: Path) 
     setting = setting_of(SPACE)
     retrained = replace(setting, model=setting.model.model_copy(update={"weights_sha256": "0" * 64}))
     elsewhere, edited = ({**setting.dense, "loss": setting.dense["loss"] * times} for times in (1.0001, 1.01))
-    changed = [setting, replace(setting, dense=elsewhere), retrained, replace(setting, data_digest="others"),
-               replace(setting, dense=edited)]  # fmt: skip
+    others = [retrained, replace(setting, data_digest="others"), replace(setting, dense=edited)]
+    changed = [setting, replace(setting, dense=elsewhere), *others]
     studies = [Store(tmp_path).create(f"study-{i}", each) for i, each in enumerate(changed)]
     check_comparable(studies[:2])
     check_comparable([])
     for stranger in studies[2:]:
-        with pytest.raises(StudyError, match=rf"{stranger.name} had other weights.* images than study-0.*--study"):
+        had = f"{stranger.name} had other weights, another forward pass or other images than study-0"
+        with pytest.raises(StudyError, match=rf"{had}\..*--study"):
             check_comparable([studies[0], stranger])
 
 
