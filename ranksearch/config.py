@@ -134,8 +134,10 @@ def parse_space(
     try:
         space = Space.model_validate(expanded)
     except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
-        space = _sound_part(expanded, error)
+        # Defaults that go by another key wait until all others are right: they are not wrong themselves.
+        wrong = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
+        problems += [_explain(detail) for detail in wrong]
+        space = _sound_part(expanded, wrong)
     if space is not None:
         problems += check(space)
     if problems or space is None:
@@ -151,6 +153,11 @@ def recorded_space(data: dict[str, Any]) -> Space:
     """
     if "price_points" not in data.get("strategy", {}):  # recorded before there was a choice: all were measured
         data = {**data, "strategy": {**data.get("strategy", {}), "price_points": None}}
+    evaluation = data.get("evaluation", {})
+    tune = evaluation.get("fine_tune", {})
+    if "learning_rate" in tune and tune["learning_rate"] is None:  # recorded before defaults were
+        tune = {**tune, "learning_rate": {"adam": 3e-4, "sgd": 1e-2}[tune["optimiser"]]}
+        data = {**data, "evaluation": {**evaluation, "fine_tune": tune}}
     return Space.model_validate(data)
 
 
@@ -180,9 +187,9 @@ def literal_passwords(space: Space) -> list[Problem]:
     return problems
 
 
-def _sound_part(data: dict[str, Any], error: ValidationError) -> Space | None:
+def _sound_part(data: dict[str, Any], wrong: Sequence[ErrorDetails]) -> Space | None:
     """The space without the keys that are wrong, which are removed from ``data``; None if it is wrong as a whole."""
-    for detail in error.errors():
+    for detail in wrong:
         _remove(data, detail["loc"])
     data.setdefault("model", {"name": "unknown"})  # the one key without a default
     try:

@@ -7,7 +7,7 @@ can be checked without the network and the data (types, ranges, unknown keys); `
 from __future__ import annotations
 
 from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -252,6 +252,11 @@ class StrategySpec(Section):
         return data
 
 
+_RATES: Final = {"adam": 1e-3, "sgd": 1e-2}
+_SOFT: Final = {"adam": 8.0, "sgd": 2.0}
+"""Of each optimiser the default learning rate, and temperature (benchmarks/results/brief_training.md)."""
+
+
 class FineTuneSpec(Section):
     """A brief training of the compressed network: one cosine cycle of the learning rate with a linear warm-up.
 
@@ -267,8 +272,8 @@ class FineTuneSpec(Section):
     """Images of an optimiser step."""
     optimiser: Literal["adam", "sgd"] = "adam"
     """Adam with decoupled weight decay, or SGD with Nesterov momentum."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Largest learning rate of the cycle; by default 0.0003 of Adam and 0.01 of SGD."""
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default_factory=lambda known: _RATES[known["optimiser"]])
+    """Largest learning rate of the cycle; by default 0.001 of Adam and 0.01 of SGD."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD, and of Adam the decay of its mean gradient."""
     batch_norm: Literal["frozen", "batch"] = "frozen"
@@ -277,15 +282,11 @@ class FineTuneSpec(Section):
     """Of SGD added to the gradient; of Adam weights shrink by it, times the learning rate, at every step."""
     distill: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Weight of the divergence from the dense network's outputs; the rest weighs the labels."""
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    """Softening of both outputs in the divergence."""
+    temperature: Annotated[float, Field(gt=0)] = Field(default_factory=lambda known: _SOFT[known["optimiser"]])
+    """Softening of both outputs in the divergence; by default 8 with Adam and 2 with SGD. Of images that the dense
+    network knows by heart, only outputs that are softened much tell what else they are like."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of training; ``auto`` takes bfloat16 on devices that multiply in it, float32 elsewhere."""
-
-    @property
-    def largest_rate(self) -> float:
-        """The largest learning rate of the cycle."""
-        return self.learning_rate or {"adam": 3e-4, "sgd": 1e-2}[self.optimiser]
 
     @model_validator(mode="after")
     def _one_length(self) -> FineTuneSpec:

@@ -124,7 +124,7 @@ class Training:
     def step(self) -> float:
         """One step; returns its loss, and raises FloatingPointError where that is not finite."""
         for group in self.optimiser.param_groups if self.cycled else ():
-            group["lr"] = self.spec.largest_rate * _schedule(self.steps, self.total)
+            group["lr"] = self.spec.learning_rate * _schedule(self.steps, self.total)
         batch = self._batch()
         part = self.team.share(len(batch))
         images = self.to_input(self.split, batch[part])
@@ -198,7 +198,7 @@ def _kernels_and_others(model: nn.Module, spec: FineTuneSpec) -> list[dict[str, 
     """The parameters that decay, and those that do not."""
     kernels = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    return [_group(kernels, spec.largest_rate, spec.weight_decay), _group(others, spec.largest_rate, 0.0)]
+    return [_group(kernels, spec.learning_rate, spec.weight_decay), _group(others, spec.learning_rate, 0.0)]
 
 
 def _group(parameters: Sequence[Tensor], rate: float, decay: float) -> dict[str, Any]:

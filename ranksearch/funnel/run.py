@@ -92,7 +92,8 @@ class Funnel:
         self.ranks: dict[str, Ranks] | None = None
         """Of the folded layers, once there are some."""
         self.steering = Steering(self.network, spec)
-        gates = spec.fine_tune.model_copy(update={"steps": self.gated_steps, "epochs": None})
+        gated = {"steps": self.gated_steps, "epochs": None, "temperature": spec.temperature}
+        gates = spec.fine_tune.model_copy(update=gated)
         groups = [(self.network.others(), spec.weight_rate), (self.network.gates(), spec.gate_rate)]
         self.training = self._training(self.network.model, gates, seed, groups)
 

@@ -36,15 +36,20 @@ class FunnelSpec:
     weight_rate: float = 1e-3
     """Learning rate of everything but the gates until the gates are folded."""
     gate_rate: float = 1e-2
+    temperature: float = 2.0
+    """Softening of the outputs in distillation until the gates are folded."""
     fine_tune: FineTuneSpec = field(default_factory=lambda: FineTuneSpec(steps=400, weight_decay=0.0))
-    """The training of the folded network; its batches, momentum and distillation hold for the whole run."""
+    """The training of the folded network; its batches, momentum and share of distillation hold for the whole run."""
     record_steps: int = 10
     """The history has an entry every so many steps."""
 
     def __post_init__(self) -> None:
-        positive = (self.strength, self.c_start, self.c_end, self.weight_rate, self.gate_rate, self.gain)
+        rates = (self.weight_rate, self.gate_rate, self.temperature)
+        positive = (self.strength, self.c_start, self.c_end, self.gain, *rates)
         if min(positive) <= 0 or self.threshold < 0:
-            raise ValueError(f"strength, c, rates and gain are above 0 and the threshold is not below 0, found {self}")
+            raise ValueError(
+                f"strength, c, rates, gain and temperature are above 0 and the threshold is not below 0, found {self}"
+            )
         if self.target is not None and not 0 < self.target <= 1:
             raise ValueError(f"the target is a share of the dense MACs, above 0 and at most 1, found {self.target}")
         if self.c_end > self.c_start:

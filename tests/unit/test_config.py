@@ -214,3 +214,30 @@ def test_a_study_from_before_price_points_has_measured_all() -> None:
     before = recorded_space(written)
     assert before.strategy == now.strategy.model_copy(update={"price_points": None})
     assert "price_points" not in written["strategy"], "what is read is not changed"
+
+
+@pytest.mark.parametrize(("optimiser", "rate"), [("adam", 3e-4), ("sgd", 1e-2)])
+def test_a_study_from_before_rates_were_recorded_goes_on_with_those_of_its_time(optimiser: str, rate: float) -> None:
+    given = {"steps": 3, "optimiser": optimiser, "temperature": 2.0, "learning_rate": 0.5}
+    now = parse_space({"model": {"name": "resnet20"}, "evaluation": {"fine_tune": given}})
+    written = now.model_dump(mode="json")
+    assert recorded_space(written) == now
+    written["evaluation"]["fine_tune"]["learning_rate"] = None
+    tuned = recorded_space(written).evaluation.fine_tune
+    assert tuned == now.evaluation.fine_tune.model_copy(update={"learning_rate": rate})
+    assert written["evaluation"]["fine_tune"]["learning_rate"] is None, "what is read is not changed"
+
+
+def test_rate_and_temperature_go_by_the_optimiser_unless_given() -> None:
+    def tuned(**given: object) -> tuple[float, float]:
+        space = parse_space({"model": {"name": "resnet20"}, "evaluation": {"fine_tune": given}})
+        return space.evaluation.fine_tune.learning_rate, space.evaluation.fine_tune.temperature
+
+    assert tuned() == (0.001, 8.0)
+    assert tuned(optimiser="sgd") == (0.01, 2.0)
+    assert tuned(optimiser="sgd", temperature=4.0) == (0.01, 4.0)
+    assert tuned(learning_rate=0.1) == (0.1, 8.0)
+    wrong = {"evaluation": {"fine_tune": {"optimiser": "adagrad"}}}
+    assert problems(wrong).keys() == {"$.evaluation.fine_tune.optimiser"}
+    tune = {"fine_tune": {"steps": 400, "batch_images": 0}}
+    assert problems({"evaluation": tune, "strategy": {"rungs": [0]}}).keys() == {"$.evaluation.fine_tune.batch_images"}
