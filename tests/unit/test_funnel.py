@@ -466,8 +466,21 @@ def test_the_dense_network_stays_as_it_is(made: Made) -> None:
     assert not run.dense.training
 
 
+def test_the_temperature_of_the_last_training_is_not_that_of_the_gates(made: Made) -> None:
+    def losses(**changes: Any) -> tuple[list[float], list[float]]:
+        run = made(record_steps=1, **changes)
+        found = [entry["loss"] for entry in run.run().history]
+        return found[: run.gated_steps], found[run.gated_steps :]
+
+    (gated, tuned), (alike, others) = losses(), losses(fine_tune=TUNE.model_copy(update={"temperature": 3.0}))
+    assert gated == alike
+    assert set(tuned).isdisjoint(others)
+    assert set(gated).isdisjoint(losses(temperature=3.0)[0])
+
+
 def test_specs_that_cannot_be() -> None:
-    for changes in ({"target": 0.0}, {"strength": 0.0}, {"c_start": 1e-5}, {"penalty_steps": 0}, {"threshold": -1.0}):
+    wrong = {"target": 0.0, "strength": 0.0, "c_start": 1e-5, "penalty_steps": 0, "threshold": -1.0, "temperature": 0.0}
+    for changes in ({name: value} for name, value in wrong.items()):
         with pytest.raises(ValueError, match="found "):
             FunnelSpec(**changes)
 
