@@ -3,8 +3,8 @@
 Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.brief_training --space
 resnet20-cifar10.yaml --formats spatial-svd --target 0.35 --steps 78``, the folder as that space describes it. The
 network is the knapsack's by predicted error, of activation-aware factors, all refitted. Each recipe trains a copy of
-it on the same batches by Adam with frozen batch norms. The recipe is chosen by the search images; it is told what the
-report images say.
+it on the same batches by Adam with frozen batch norms. Accuracies are told of the search and of the report images, the
+loss of both together.
 """
 
 from __future__ import annotations

@@ -239,5 +239,17 @@ def test_rate_and_temperature_go_by_the_optimiser_unless_given() -> None:
     assert tuned(learning_rate=0.1) == (0.1, 8.0)
     wrong = {"evaluation": {"fine_tune": {"optimiser": "adagrad"}}}
     assert problems(wrong).keys() == {"$.evaluation.fine_tune.optimiser"}
-    tune = {"fine_tune": {"steps": 400, "batch_images": 0}}
-    assert problems({"evaluation": tune, "strategy": {"rungs": [0]}}).keys() == {"$.evaluation.fine_tune.batch_images"}
+
+
+def test_a_wrong_key_leaves_its_neighbours_to_be_checked() -> None:
+    seen: list[int] = []
+
+    def check(space: Space) -> list[Problem]:
+        seen.append(space.evaluation.fine_tune.steps)
+        return []
+
+    tune = {"steps": 400, "batch_images": 0}
+    with pytest.raises(SpaceError) as caught:
+        parse_space({"model": {"name": "resnet20"}, "evaluation": {"fine_tune": tune}}, check=check)
+    assert [problem.address for problem in caught.value.problems] == ["$.evaluation.fine_tune.batch_images"]
+    assert seen == [400]
