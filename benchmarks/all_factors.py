@@ -8,21 +8,17 @@ the dense outputs on 512 other training images; accuracy and loss on the 2,500 r
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from ranksearch import load_space
+from benchmarks.common import dearest, machine, prepared
 from ranksearch.evaluation import Evaluator
-from ranksearch.location import located
-from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.scoring import reproducible, score
-from ranksearch.storage import Store
 from ranksearch.strategies.knapsack import Knapsack
 
-SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
+SPACE = "resnet20-cifar10.yaml"
 FORMS = ("tucker2", "spatial-svd", "cp")
 TARGETS = (0.70, 0.50, 0.35)
 
@@ -30,20 +26,15 @@ TARGETS = (0.70, 0.50, 0.35)
 def rows(form: str, folder: Path) -> None:
     """Print the rows of one format."""
     settings = [f"formats=[{form}]", "evaluation.factors=activation-aware", "resources.engine=local"]
-    space, store = located(load_space(SPACE, settings), SPACE.parent), Store(folder)
-    network = read_network(space, store.cache, silent)
-    factors, failed = factorise(network, store.cache, silent)
-    bench = make_bench(
-        network, factors, settle(network, factors, failed, store.cache, silent), folder / form, store.cache, silent
-    )
-    maps = Knapsack().maps(bench.table)
+    _, bench = prepared(SPACE, settings, folder, folder / form)
+    maps = list(Knapsack().maps(bench.table))
     for target in TARGETS:
-        choices = max((m for m in maps if bench.table.macs_ratio(m) <= target), key=bench.table.macs)
+        choices = dearest(bench.table, maps, target)
         picked = {name: c for name, c in bench.table.picked(choices).items() if not c.dense}
         found = []
         for stages in ("last", "all"):
-            evaluation = space.evaluation.model_copy(update={"refit_stages": stages})
-            evaluator = Evaluator(replace(bench, space=space.model_copy(update={"evaluation": evaluation})))
+            evaluation = bench.space.evaluation.model_copy(update={"refit_stages": stages})
+            evaluator = Evaluator(replace(bench, space=bench.space.model_copy(update={"evaluation": evaluation})))
             with reproducible(1):
                 evaluator.build(picked)  # fits of the format are in the cache from here on
                 started = time.process_time()
@@ -63,8 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as folder:
         for form in FORMS:
             rows(form, Path(folder))
-    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

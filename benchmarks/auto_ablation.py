@@ -11,7 +11,6 @@ images choose within each target; hypervolume is that of the search images.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -21,8 +20,8 @@ from unittest.mock import patch
 
 import numpy as np
 
+from benchmarks.common import machine
 from ranksearch.launch import resume, search
-from ranksearch.preparation import versions
 from ranksearch.storage import Store
 from ranksearch.strategies import auto, learned
 from ranksearch.strategies.knapsack import Knapsack
@@ -172,8 +171,7 @@ def main() -> None:
     print(f"| | {' | '.join(f'{target:.2f}' for target in TARGETS)} | hypervolume |\n|---|{'---:|' * 5}")
     for words, studies in found.items():
         print(row(words, studies))
-    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

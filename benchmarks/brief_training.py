@@ -18,18 +18,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ranksearch import load_space
+from benchmarks.common import dearest, prepared
 from ranksearch.data import to_input
 from ranksearch.evaluation import Evaluator
-from ranksearch.location import located
-from ranksearch.preparation import factorise, make_bench, read_network, settle, silent
 from ranksearch.scoring import reproducible, score
 from ranksearch.space import FineTuneSpec
-from ranksearch.storage import Store
 from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.training import fine_tune
 
-SPACES = Path(__file__).parent.parent / "search_spaces"
 RECIPES = ("2:0.0003", "2:0.001", "4:0.0003", "8:0.0003", "8:0.001", "16:0.001")
 
 
@@ -52,16 +48,10 @@ def main() -> None:
     given = parser.parse_args()
     settings = [f"formats=[{given.formats}]", "evaluation.factors=activation-aware", "strategy.name=knapsack"]
     settings += ["strategy.price=predicted", "strategy.seeds=[]", "resources.engine=local"]
-    space = located(load_space(SPACES / given.space, settings), SPACES)
     with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as folder, reproducible(1):
-        store = Store(Path(folder))
-        network = read_network(space, store.cache, silent)
-        factors, failed = factorise(network, store.cache, silent)
-        settled = settle(network, factors, failed, store.cache, silent)
-        bench = make_bench(network, factors, settled, Path(folder) / "study", store.cache, silent)
+        _, bench = prepared(given.space, settings, Path(folder), Path(folder) / "study")
         evaluator, table = Evaluator(bench), bench.table
-        within = (m for m in Knapsack().maps(table) if table.macs_ratio(m) <= given.target)
-        choices = max(within, key=table.macs)
+        choices = dearest(table, Knapsack().maps(table), given.target)
         restored = evaluator.build({k: c for k, c in table.picked(choices).items() if not c.dense}).model
         print(f"{given.space}, {given.formats}, {table.macs_ratio(choices):.3f} of the MACs, {given.steps} steps\n")
         print("| temperature | rate | search, % | report, % | loss | minutes |\n|---|---|---|---|---|---|", flush=True)

@@ -8,23 +8,20 @@ the layers left dense at 8. Last, what rounding to 4 bits costs when it comes af
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ranksearch.config import load_space
+from benchmarks.common import dearest, machine, prepared
 from ranksearch.evaluation import Evaluator
-from ranksearch.location import located
-from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.rounding import round_weights, weight_bytes, widths_of
 from ranksearch.scoring import as_deployed, reproducible, score
 from ranksearch.strategies.knapsack import Knapsack
 from ranksearch.table import PriceTable
 
-SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
+SPACE = "resnet20-cifar10.yaml"
 FORMATS = ("tucker2", "spatial-svd")
 TARGET = 0.5
 
@@ -33,18 +30,12 @@ def evaluator(form: str, bits: int, folder: Path) -> Evaluator:
     """What evaluates rank maps of one format with weights of so many bits."""
     settings = [f"formats=[{form}]", "evaluation.factors=activation-aware", "strategy={name: knapsack}"]
     settings += ["resources.engine=local", *([f"quantise={{weight_bits: [{bits}]}}"] if bits < 32 else [])]
-    space = located(load_space(SPACE, settings), SPACE.parent)
-    network = read_network(space, folder, silent)
-    factors, failed = factorise(network, folder, silent)
-    setting = settle(network, factors, failed, folder, silent)
-    return Evaluator(make_bench(network, factors, setting, folder / "weights", folder, silent))
+    return Evaluator(prepared(SPACE, settings, folder, folder / "weights")[1])
 
 
-def dearest(table: PriceTable) -> tuple[int, ...]:
+def halved(table: PriceTable) -> tuple[int, ...]:
     """The knapsack's dearest rank map within the target, by the predicted error."""
-    within = [choices for choices in Knapsack().maps(table) if table.macs_ratio(choices) <= TARGET]
-    found = max(within, key=lambda choices: table.macs(choices))
-    return tuple(found)
+    return dearest(table, Knapsack().maps(table), TARGET)
 
 
 def row(form: str, words: str, model: nn.Module, ours: Evaluator, operations: int, size: int) -> None:
@@ -73,7 +64,7 @@ def main() -> None:
             for bits in (32, 8, 4):
                 ours = evaluator(form, bits, Path(folder))
                 table = ours.bench.table
-                choices = dearest(table)
+                choices = halved(table)
                 picked = {name: c for name, c in table.picked(choices).items() if not c.dense}
                 widths = {name: c.bits for name, c in picked.items()}
                 model = ours.build(picked).model
@@ -84,8 +75,7 @@ def main() -> None:
                     plain = model
             round_weights(plain, widths_of(plain, widths, 8))
             row(form, "4 bits, 8 bits, rounded after the regression", plain, ours, table.bit_operations(choices), size)
-    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ the sampler's proposals, and on the digits the splits; seed points (uniform, ene
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.common import machine
 from ranksearch import Study, search
 from ranksearch.errors import BudgetError
 from ranksearch.export import choose
-from ranksearch.preparation import versions
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "quickstart.yaml"
 SEEDS = (0, 1, 2)
@@ -65,8 +64,7 @@ def main() -> None:
             print(row, flush=True)
     minutes = (time.perf_counter() - started) / 60
     print(f"\n{chosen.space.stem}: {chosen.trials} trials a search, {len(SEEDS)} seeds; {minutes:.1f} minutes in all.")
-    found = versions()
-    print(f"Machine: {os.cpu_count()} cores; " + ", ".join(f"{name} {value}" for name, value in found.items()) + ".")
+    print(machine())
 
 
 def _best(studies: list[Study], budget: float) -> str:

@@ -11,7 +11,6 @@ work beside it lengthens little; files run in turn, the fastest counts.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 import warnings
@@ -26,13 +25,13 @@ from torch import Tensor
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.few_bits import FORMATS, dearest, evaluator
+from benchmarks.common import machine
+from benchmarks.few_bits import FORMATS, evaluator, halved
 from ranksearch.data import to_input
 from ranksearch.deployment import TARGETS, deploy
 from ranksearch.deployment.target import Runner
 from ranksearch.evaluation import Evaluator, layers_of
 from ranksearch.export import save_compressed
-from ranksearch.preparation import versions
 from ranksearch.rankmap import ModelRecord, RankMap, WidthsRecord
 from ranksearch.scoring import as_deployed, reproducible, score
 from ranksearch.surgery import count_macs, count_params
@@ -52,7 +51,7 @@ def stored(form: str, bits: int, folder: Path) -> tuple[Evaluator, float, Path]:
     """What evaluates, the simulated accuracy on the report images, and the compressed weights with their map inside."""
     ours = evaluator(form, bits, folder)
     bench, space = ours.bench, ours.bench.space
-    picked = {name: c for name, c in bench.table.picked(dearest(bench.table)).items() if not c.dense}
+    picked = {name: c for name, c in bench.table.picked(halved(bench.table)).items() if not c.dense}
     model, shape, widths = ours.build(picked).model, bench.data.input_shape, space.quantise
     assert widths is not None
     with as_deployed(model, widths, bench.data):
@@ -174,9 +173,7 @@ def main() -> None:
         for form in FORMATS:
             for bits in (8, 4):
                 rows(form, bits, Path(folder))
-    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()), end="")
-    print(f", onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__}.")
+    print(f"\n{machine(onnx=onnx.__version__, onnxruntime=onnxruntime.__version__)}")
 
 
 if __name__ == "__main__":

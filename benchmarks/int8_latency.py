@@ -9,7 +9,6 @@ with freezing. One thread; files run in turn, the fastest counts.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks.common import machine
 from benchmarks.int8_export import WRITTEN, fastest, runner
 from benchmarks.latency_prediction import table_of
 from ranksearch.deployment import TARGETS, deploy
 from ranksearch.factors import threads
 from ranksearch.models.resnet import resnet18
-from ranksearch.preparation import versions
 from ranksearch.rankmap import RankMap
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.table import LayerPrices, PriceTable
@@ -105,9 +104,7 @@ def main() -> None:
                 gains = taken[0] / taken[1], taken[2] / taken[3], min(dense[::2]) / min(taken[1::2])
                 row += [*(f"{gain:.2f}" for gain in gains)]
                 print(f"| {' | '.join(row)} |", flush=True)
-    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()), end="")
-    print(f", onnxruntime {onnxruntime.__version__}.")
+    print(f"\n{machine(onnxruntime=onnxruntime.__version__)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ knapsack's over MACs alone at 0.5 and uniform ranks, all timed in one run in tur
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from benchmarks.common import machine
 from ranksearch.decompositions import FORMATS, compressed_stages, error, prepare
 from ranksearch.factors import threads
 from ranksearch.latency import LatencyTable, checked, latencies, with_latencies
@@ -146,8 +146,7 @@ def main() -> None:
             for runtime in arguments.runtime:
                 for batch in BATCHES:
                     report(name, runtime, batch)
-    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ network that was measured to be the fastest: its accuracy on the report images, 
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks.common import machine
 from ranksearch import load_space
 from ranksearch.export import load_compressed, rank_map_of
 from ranksearch.factors import threads
@@ -29,7 +29,7 @@ from ranksearch.latency import runner
 from ranksearch.latency.measured import timed
 from ranksearch.launch import search
 from ranksearch.location import located
-from ranksearch.preparation import read_network, versions
+from ranksearch.preparation import read_network
 from ranksearch.study import Study
 from ranksearch.trial import Outcome, Trial
 
@@ -99,8 +99,7 @@ def main() -> None:
             shown = f"{100 * found.accuracy_search:.2f} | {100 * (found.accuracy or 0):.2f}"
             ratio = found.macs / setting.dense["macs"]
             print(f"| {drop:g} | {cost} | {shown} | {ratio:.3f} | {ms:.2f} | {dense_ms / ms:.2f} |")
-    print(f"\nMachine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

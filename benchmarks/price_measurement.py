@@ -21,7 +21,6 @@ take their part.
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common import machine
 from ranksearch.calibration import collect
 from ranksearch.config import load_space
 from ranksearch.conv import Conv
@@ -45,7 +45,7 @@ from ranksearch.data import to_input
 from ranksearch.decompositions import FORMATS, Statistics, compressed_stages, prepare
 from ranksearch.engine.pool import over_processes
 from ranksearch.location import located
-from ranksearch.preparation import Network, read_network, versions
+from ranksearch.preparation import Network, read_network
 from ranksearch.prices import Map, Price, measure
 from ranksearch.pricing import Factors
 from ranksearch.surgery import build_layer, channels_last, kernel_of, replaced
@@ -288,8 +288,7 @@ def main() -> None:
     keys: tuple[Price, ...] = ("second-order", "loss", "drop", "output", "weight")
     ranked = {key: spearmanr(divergence, [row[key] for row in rows]).statistic for key in keys}
     print(", ".join(f"{key} {value:.3f}" for key, value in ranked.items()) + ".\n")
-    print(f"Machine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+    print(machine())
     if ours.processor / 2 > LARGEST_SECONDS or peer_processor < LEAST_RATIO * ours.processor:
         sys.exit(1)
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,21 +31,18 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks.common import dearest, machine, prepared
 from benchmarks.nested_ranks import Nested
-from ranksearch import load_space
 from ranksearch.data import to_input
 from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
-from ranksearch.location import located
-from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
 from ranksearch.prices import PRICES, measure
-from ranksearch.storage import Store
 from ranksearch.strategies.hull import layer_costs, layer_losses
 from ranksearch.strategies.knapsack import predicted_front
 from ranksearch.table import PREDICTED, PriceTable
 from ranksearch.trial import Task
 
-SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
+SPACE = "resnet20-cifar10.yaml"
 BUDGETS = (0.7, 0.5, 0.35)
 MAPS = 20
 """Rank maps at each budget."""
@@ -77,39 +73,34 @@ def rank_maps(table: PriceTable) -> Iterator[tuple[float, tuple[int, ...]]]:
         while made < MAPS:
             spread = SPREADS[made % len(SPREADS)]
             front = tilted_front(table, spread, generator)
-            within = [m for m in front if table.macs_ratio(m) <= budget]
-            choices = max(within, key=table.macs)
+            choices = dearest(table, front, budget)
             if choices not in seen:
                 seen.add(choices)
                 made += 1
                 yield budget, choices
 
 
-def prepared(storage: Path) -> tuple[Bench, Prices]:
+def priced(storage: Path) -> tuple[Bench, Prices]:
     """What evaluates the rank maps, and the prices of all candidates."""
     settings = [
         "formats=[tucker2,spatial-svd]",
         "evaluation.factors=activation-aware",
         "resources.engine=local",
     ]
-    space, store = located(load_space(SPACE, settings), SPACE.parent), Store(storage)
-    network = read_network(space, store.cache, silent)
-    factors, failed = factorise(network, store.cache, silent)
-    setting = settle(network, factors, failed, store.cache, silent)
-    data, table = network.data, setting.table
+    network, bench = prepared(SPACE, settings, storage, storage / "weights")
+    data, table = network.data, bench.table
     images = to_input(data.calibration[:IMAGES], data)
     found = measure(
         network.model,
         table,
-        factors,
+        {key: {name: torch.from_numpy(own) for name, own in arrays.items()} for key, arrays in bench.factors.items()},
         images,
         torch.as_tensor(data.train.labels[:IMAGES]).long(),
         kind="activation-aware",
-        cache=store.cache,
+        cache=storage,
     ).prices
     prices: dict[str, Sequence[Sequence[float]]]
     prices = {price: [[row[price] for row in found[layer.name]] for layer in table.layers] for price in PRICES}
-    bench = make_bench(network, factors, setting, Path(tempfile.mkdtemp(dir=storage)), store.cache, silent)
     return bench, {PREDICTED: layer_losses(table, PREDICTED), **prices}
 
 
@@ -157,11 +148,11 @@ def slices(bench: Bench, rows: Sequence[dict[str, Any]]) -> float:
     def drawn() -> tuple[int, ...]:
         front = tilted_front(bench.table, SPREADS[generator.integers(len(SPREADS))], generator)
         budget = generator.uniform(min(BUDGETS), max(BUDGETS))
-        return max((m for m in front if bench.table.macs_ratio(m) <= budget), key=bench.table.macs)
+        return dearest(bench.table, front, budget)
 
     nested = Nested(Evaluator(bench))
     plain = tilted_front(bench.table, 0.0, generator)
-    nested.train(max((m for m in plain if bench.table.macs_ratio(m) <= min(BUDGETS)), key=bench.table.macs), drawn)
+    nested.train(dearest(bench.table, plain, min(BUDGETS)), drawn)
     trained = time.perf_counter() - started
     for row in rows:
         begun = time.perf_counter()
@@ -199,7 +190,7 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.process_time()
     with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as folder, threads(1):
-        bench, prices = prepared(Path(folder))
+        bench, prices = priced(Path(folder))
         pricing = time.process_time() - started
         evaluate(bench, arguments.results)
         rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
@@ -241,8 +232,7 @@ def main() -> None:
         print(f"| {key} | {needs} | {value:.2f} | {low:.2f} to {high:.2f} | {shown} | {seconds} |")
     print(f"\nThe network of all ranks took {trained:.0f} s to train.")
     print(f"All prices took {pricing:.0f} processor seconds, decompositions and statistics with them.\n")
-    print(f"Machine: {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} (15 minutes); ", end="")
-    print(", ".join(f"{name} {value}" for name, value in versions().items()) + ".")
+    print(machine())
 
 
 if __name__ == "__main__":

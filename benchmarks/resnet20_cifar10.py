@@ -8,15 +8,14 @@ Accuracies are those of the 2,500 report images, which choose nothing.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.common import machine
 from ranksearch import Study, search
 from ranksearch.errors import BudgetError
 from ranksearch.export import choose, rank_map_of
-from ranksearch.preparation import versions
 
 SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
 BUDGETS = (0.75, 0.5, 0.35, 0.25)
@@ -44,9 +43,9 @@ def main() -> None:
         started = time.perf_counter()
         trained = search(SPACE, settings=settings, storage=folder, name="trained")
         show("With 400 steps of 128 images each", trained, time.perf_counter() - started)
-    dense, found = plain.setting.dense, versions()
+    dense = plain.setting.dense
     print(f"Dense: {100 * dense['accuracy']:.2f} % on the report images, {dense['macs'] / 1e6:.2f} M MACs.")
-    print(f"Machine: {os.cpu_count()} cores; " + ", ".join(f"{name} {value}" for name, value in found.items()) + ".")
+    print(machine())
 
 
 def show(title: str, study: Study, seconds: float) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,16 +23,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ranksearch import load_space
+from benchmarks.common import dearest, machine, prepared
 from ranksearch.evaluation import Bench, Evaluator
 from ranksearch.factors import threads
-from ranksearch.location import located
-from ranksearch.preparation import factorise, make_bench, read_network, settle, silent, versions
-from ranksearch.storage import Store
 from ranksearch.strategies.uniform import Uniform
 from ranksearch.trial import Task
 
-SPACE = Path(__file__).parent.parent / "search_spaces" / "resnet20-cifar10.yaml"
+SPACE = "resnet20-cifar10.yaml"
 TARGETS = (0.5, 0.35)
 SEEDS = (0, 1, 2)
 METHODS = {
@@ -72,11 +68,7 @@ def bench_of(form: str, stabiliser: str, learning_rate: float, steps: int, stora
         f"evaluation.fine_tune.learning_rate={learning_rate}",
         "resources.engine=local",
     ]
-    space, store = located(load_space(SPACE, settings), SPACE.parent), Store(storage)
-    network = read_network(space, store.cache, silent)
-    factors, failed = factorise(network, store.cache, silent)
-    setting = settle(network, factors, failed, store.cache, silent)
-    return make_bench(network, factors, setting, Path(tempfile.mkdtemp(dir=storage)), store.cache, silent)
+    return prepared(SPACE, settings, Path(storage), Path(tempfile.mkdtemp(dir=storage)))[1]
 
 
 def run(job: Job, steps: int, storage: str) -> dict[str, Any]:
@@ -87,8 +79,7 @@ def run(job: Job, steps: int, storage: str) -> dict[str, Any]:
     with threads(1):
         bench = bench_of(form, stabiliser, job.learning_rate, steps, storage)
         table = bench.table
-        within = [m for m in Uniform().maps(table) if table.macs_ratio(m) <= job.target]
-        task = Task(number=0, choices=max(within, key=table.macs), seed=job.seed, keep=True)
+        task = Task(number=0, choices=dearest(table, Uniform().maps(table), job.target), seed=job.seed, keep=True)
         untrained = bench.space.evaluation.model_copy(
             update={"fine_tune": bench.space.evaluation.fine_tune.model_copy(update={"steps": 0})}
         )
@@ -153,11 +144,10 @@ def main() -> None:
                     file.write(json.dumps(result) + "\n")
     results.sort(key=lambda r: (r["learning_rate"], -r["target"], list(METHODS).index(r["method"]), r["seed"]))
     print("\n".join(rows(results)))
-    found = versions()
     print(
         f"\n{chosen.steps} steps of 128 images, {len(SEEDS)} seeds; {(time.perf_counter() - started) / 60:.1f} minutes."
     )
-    print(f"Machine: {os.cpu_count()} cores; " + ", ".join(f"{name} {value}" for name, value in found.items()) + ".")
+    print(machine())
 
 
 if __name__ == "__main__":
