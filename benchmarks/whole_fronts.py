@@ -3,11 +3,10 @@
 Run from the root of the repository: ``RANKSEARCH_DATA=folder python -m benchmarks.whole_fronts --storage folder``, the
 folder of data as ``search_spaces/resnet20-cifar10.yaml`` describes it. What the storage has is not searched again.
 
-Activation-aware factors, four targets, 24 trials of every strategy, nothing trained; in the formats of that space, or in
-others. Allocators put
-the trials beyond the targets where the widest gap in the MACs is. A front is told by its hypervolume, and by the mean
-accuracy over all budgets from 0.25 to 0.75 of the MACs: at each of them the network counts that is the most accurate
-on the search images within it, by its accuracy on those and on the report images.
+Activation-aware factors, four targets, 24 trials of every strategy, nothing trained; in the formats of that space, or
+in others. Allocators spread the trials beyond the targets evenly over the MACs. A front is told by its
+hypervolume, and by the mean accuracy over all budgets from 0.25 to 0.75 of the MACs: at each of them the network counts
+that is the most accurate on the search images within it, by its accuracy on those and on the report images.
 """
 
 from __future__ import annotations
