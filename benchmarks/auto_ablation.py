@@ -153,6 +153,16 @@ def row(words: str, studies: list[Study]) -> str:
     return f"| {words} | {' | '.join(cells)} |"
 
 
+def show(found: dict[str, list[Study]]) -> None:
+    """Print the table of variants and their studies, one a seed."""
+    seeds = max(map(len, found.values()))
+    print(f"{TRIALS} trials of each of {seeds} seeds; mean and half the range.\n")
+    print(f"| | {' | '.join(f'{target:.2f}' for target in TARGETS)} | hypervolume |\n|---|{'---:|' * 5}")
+    for words, studies in found.items():
+        print(row(words, studies))
+    print(f"\n{machine()}")
+
+
 def main() -> None:
     """Search what is missing and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,11 +177,7 @@ def main() -> None:
     print(
         "# What each part of auto brings\n\n`python -m benchmarks.auto_ablation` says in its first lines what is done."
     )
-    print(f"{TRIALS} trials of each of {arguments.seeds} seeds; mean and half the range.\n")
-    print(f"| | {' | '.join(f'{target:.2f}' for target in TARGETS)} | hypervolume |\n|---|{'---:|' * 5}")
-    for words, studies in found.items():
-        print(row(words, studies))
-    print(f"\n{machine()}")
+    show(found)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from unittest.mock import patch
 import numpy as np
 import optuna
 
-from benchmarks.auto_ablation import TARGETS, TRIALS, row, searched
-from benchmarks.common import dearest, machine
+from benchmarks.auto_ablation import TARGETS, searched, show
+from benchmarks.common import dearest
+from ranksearch.front import non_dominated
 from ranksearch.strategies import auto, learned
 from ranksearch.strategies.history import proposals_made, tried
 from ranksearch.strategies.knapsack import predicted_front
@@ -76,7 +77,12 @@ def looked_at(drawn: bool) -> Iterator[None]:
         near = moves(self.prices.costs, [choices for _, choices in self.front])
 
         def front(costs: Any, losses: Any) -> tuple[Choices, ...]:
-            return (*near, *predicted_front(costs, losses)) if drawn else near
+            maps = [c for c in ((*near, *predicted_front(costs, losses)) if drawn else near) if c not in known]
+            rows = self._rows(maps)
+            expected = self._totals(rows, [np.array(own) for own in losses]).tolist()
+            # At a target the dearest is taken: of those that no other is expected to beat.
+            points = list(zip(self._totals(rows, self.costs).tolist(), expected, strict=True))
+            return tuple(maps[i] for i in non_dominated(points))
 
         with patch.object(learned, "predicted_front", front):
             return whole(self, weights, known, target=target)
@@ -225,11 +231,7 @@ def main() -> None:
             name = f"other-{words.replace(' ', '-')}-{seed}"
             found.setdefault(words, []).append(searched(name, "auto", auto.PRICE, part(), seed, arguments.storage))
     print("# Other ways to search\n\n`python -m benchmarks.other_searches` says in its first lines what is compared.")
-    print(f"{TRIALS} trials of each of {arguments.seeds} seeds; mean and half the range.\n")
-    print(f"| | {' | '.join(f'{target:.2f}' for target in TARGETS)} | hypervolume |\n|---|{'---:|' * 5}")
-    for words, studies in found.items():
-        print(row(words, studies))
-    print(f"\n{machine()}")
+    show(found)
 
 
 if __name__ == "__main__":
