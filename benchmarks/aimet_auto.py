@@ -1,4 +1,4 @@
-"""AIMET's automatic rank selection for spatial SVD on ResNet-20 and CIFAR-10; prints Markdown, writes rank maps.
+"""AIMET's automatic rank selection for spatial SVD on CIFAR-10, by default of ResNet-20; prints Markdown, writes maps.
 
 Run from the root of the repository, in an environment of its own, with ``aimet-torch`` 2.42 and what ranksearch imports
 while it prepares a search: ``RANKSEARCH_DATA=folder python -m benchmarks.aimet_auto --maps-to folder``, the data as
@@ -147,19 +147,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps-to", type=Path, help="folder for the rank maps, aimet-0.70.json and so on")
     parser.add_argument("--images", type=int, default=1024, help="calibration images that score a candidate")
+    parser.add_argument("--space", type=Path, default=SPACE, help="search space: the network and its layers")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, help="shares of the MACs")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     AimetLogger.set_level_for_all_areas(logging.WARNING)
     maps_to = chosen.maps_to.resolve() if chosen.maps_to else None
     with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as name:
         folder = Path(name)
-        network = read_network(located(load_space(SPACE, [f"formats=[{FORM}]"]), SPACE.parent), folder)
+        network = read_network(located(load_space(chosen.space, [f"formats=[{FORM}]"]), chosen.space.parent), folder)
         print(f"{len(network.selection.searched)} layers, {chosen.images} calibration images.\n", flush=True)
         print("| target | MACs | layers compressed | evaluations | wall, s | processor, s | AIMET | our factors |")
         print("|---|---|---|---|---|---|---|---|")
         statistics = statistics_of(network, network.selection.convs(), folder, silent)
         accuracy = Accuracy(network, chosen.images)
-        for target in TARGETS:
+        for target in chosen.targets:
             calls, wall, processor = accuracy.calls, time.perf_counter(), time.process_time()
             with working_in(folder):
                 compressed = compress(network, accuracy, target, folder / "data/greedy_selection_eval_scores_dict.pkl")
