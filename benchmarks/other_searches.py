@@ -73,7 +73,7 @@ def looked_at(drawn: bool) -> Iterator[None]:
     """Proposals are local moves; of the ``drawn`` front too, if so asked."""
     whole = learned.LearnedPrices.best
 
-    def best(self: learned.LearnedPrices, weights: Any, known: Any, *, target: Any = None) -> Any:
+    def best(self: learned.LearnedPrices, weights: Any, known: Any, **more: Any) -> Any:
         near = moves(self.prices.costs, [choices for _, choices in self.front])
 
         def front(costs: Any, losses: Any) -> tuple[Choices, ...]:
@@ -85,7 +85,7 @@ def looked_at(drawn: bool) -> Iterator[None]:
             return tuple(maps[i] for i in non_dominated(points))
 
         with patch.object(learned, "predicted_front", front):
-            return whole(self, weights, known, target=target)
+            return whole(self, weights, known, **more)
 
     with patch.object(learned.LearnedPrices, "best", best):
         yield

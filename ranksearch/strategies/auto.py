@@ -5,8 +5,9 @@ Ours. For every proposal one set of weights of the prices is drawn from the post
 two samples", 1933), the exact knapsack front of the prices so weighted is worked out, and of its rank maps the one is
 tried that would add most hypervolume to the front measured so far, as E. Bradford, A. M. Schweidtmann, A. Lapkin do
 with Gaussian processes ("Efficient multiobjective optimization employing Gaussian processes, spectral sampling and a
-genetic algorithm", 2018). Every other proposal is the drawn front's rank map at one of the targets instead, where there
-are some. Running trials count with the loss that the model expects of them.
+genetic algorithm", 2018). Where there are targets, every other proposal is the drawn front's rank map at one of them
+instead, and every fourth the one that adds most of those with no fewer MACs than the least of them. Running trials
+count with the loss that the model expects of them.
 
 The first proposals are those of ``knapsack`` at the targets, those of ``energy`` there, whose error goes by another
 measure, and the knapsack's spread over the MACs. From then on each carries its *promise*: how much larger the
@@ -95,8 +96,13 @@ class Auto:
         if left is not None and left < self.min_gain:
             return DONE
         index, turn = proposals_made(trials), made - first
-        # Hypervolume is mostly to be had where networks are small; a target says where a good one is wanted.
-        target = self.targets[turn // 2 % len(self.targets)] if self.targets and turn % 2 == 0 else None
+        # Hypervolume is mostly to be had where networks are small; targets say where good ones are wanted: at each of
+        # them, and between them.
+        target, least = None, 0.0
+        if self.targets and turn % 2 == 0:
+            target = self.targets[turn // 2 % len(self.targets)]
+        elif self.targets and turn // 2 % 2 == 0:
+            least = min(self.targets)
         model = LearnedPrices(
             table,
             trials,
@@ -109,7 +115,7 @@ class Auto:
         )
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng([self.seed, index, attempt])
-            found = model.best(model.draw(rng), known, target=target)
+            found = model.best(model.draw(rng), known, target=target, least=least)
             if found is not None:
                 choices, share = found
                 return Proposal(choices=choices, origin=NAME, note={PROMISE: share} if share < inf else {})

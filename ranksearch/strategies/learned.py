@@ -210,13 +210,14 @@ class LearnedPrices:
         return found
 
     def best(
-        self, weights: Floats, known: Set[Choices], *, target: float | None = None
+        self, weights: Floats, known: Set[Choices], *, target: float | None = None, least: float = 0.0
     ) -> tuple[Choices, float] | None:
         """Of the front under these weights the new rank map that adds most hypervolume; None where all are known.
 
-        With a ``target``, a share of the MACs, it is the dearest within that, unless it would be of no use. Where none
-        is expected to be of use, it is the one that lacks least. With it goes what all of them would add, as a share of
-        the hypervolume that there is: what the trials to come would gain, were these the weights.
+        With a ``target``, a share of the MACs, it is the dearest within that, unless it would be of no use. With a
+        ``least`` share it is one of those with no fewer, if any of these adds something. Where none is expected to be
+        of use, it is the one that lacks least. With it goes what all of them would add, as a share of the hypervolume
+        that there is: what the trials to come would gain, were these the weights.
         """
         added = self.weighted(weights)
         drawn = predicted_front(self.prices.costs, added)
@@ -239,12 +240,14 @@ class LearnedPrices:
         there = area(front, reference)
         # Two sums of the same areas may differ in their last digit.
         promise = max(area(np.concatenate([front, points]), reference) / there - 1, 0.0) if there > 0 else inf
+        macs = (self._totals(new, self.macs) + self.table.other_macs) / self.table.dense_macs
         merit = gains(points, front, reference)
+        between = np.where(macs >= least, merit, 0.0)
+        merit = between if between.any() else merit
         if not merit.any():
             merit = -np.abs(points[:, 1] - reference[1])
         if target is not None:
-            macs = self._totals(new, self.macs) + self.table.other_macs
-            within = (macs <= target * self.table.dense_macs) & (points[:, 1] < reference[1])
+            within = (macs <= target) & (points[:, 1] < reference[1])
             merit = np.where(within, macs, -1.0) if within.any() else merit
         return tuple(new[int(np.argmax(merit))].tolist()), promise
 

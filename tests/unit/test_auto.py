@@ -212,6 +212,14 @@ def test_every_other_learned_proposal_is_at_a_target() -> None:
         assert target - 0.03 < ratios[8 + 2 * turn] <= target, (turn, ratios)
 
 
+def test_every_fourth_learned_proposal_has_no_fewer_macs_than_the_least_target() -> None:
+    table = price_table(8, 10)
+    terms = Terms(seed=0, objectives=OBJECTIVES, targets=(0.6, 0.4))
+    ratios = [table.macs_ratio(trial.proposal.choices) for trial in searched("auto", table, 40, 0, terms)]
+    assert min(ratios[9::4]) >= 0.4
+    assert min(ratios[11::4]) < 0.2, "others go where most hypervolume is to be had"
+
+
 def test_a_promise_falls_and_ends_the_search_where_it_is_small() -> None:
     table, terms = price_table(4, 5), Terms(seed=0, objectives=OBJECTIVES)
     trials = searched("auto", table, 80, 0, terms)
