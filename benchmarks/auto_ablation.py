@@ -59,6 +59,18 @@ def without_targets_learned() -> Iterator[None]:
 
 
 @contextmanager
+def nothing_between() -> Iterator[None]:
+    """What is learned goes to the targets and where most hypervolume is to be had, half of it each."""
+    whole = learned.LearnedPrices.best
+
+    def best(self: learned.LearnedPrices, weights: Any, known: Any, *, target: Any = None, **_: Any) -> Any:
+        return whole(self, weights, known, target=target)
+
+    with patch.object(learned.LearnedPrices, "best", best):
+        yield
+
+
+@contextmanager
 def nothing_beneath() -> Iterator[None]:
     """What has fewer MACs than every target is worth no more than if it had as many."""
     whole = learned.LearnedPrices._cost
@@ -102,6 +114,7 @@ VARIANTS: dict[str, tuple[str, str, Callable[[], AbstractContextManager[None]]]]
     "price: the predicted error alone": ("auto", "predicted", nullcontext),
     "price: fall of the accuracy": ("auto", "drop", nullcontext),
     "price: the estimate of the divergence": ("auto", "second-order", nullcontext),
+    "nothing between the targets": ("auto", PRICE, nothing_between),
 }
 
 
