@@ -216,7 +216,7 @@ def test_every_fourth_learned_proposal_has_no_fewer_macs_than_the_least_target()
     table = price_table(8, 10)
     terms = Terms(seed=0, objectives=OBJECTIVES, targets=(0.6, 0.4))
     ratios = [table.macs_ratio(trial.proposal.choices) for trial in searched("auto", table, 40, 0, terms)]
-    assert min(ratios[9::4]) >= 0.4
+    assert 0.4 <= min(ratios[9::4]) < 0.6
     assert min(ratios[11::4]) < 0.2, "others go where most hypervolume is to be had"
 
 
