@@ -5,9 +5,9 @@ Ours. For every proposal one set of weights of the prices is drawn from the post
 two samples", 1933), the exact knapsack front of the prices so weighted is worked out, and of its rank maps the one is
 tried that would add most hypervolume to the front measured so far, as E. Bradford, A. M. Schweidtmann, A. Lapkin do
 with Gaussian processes ("Efficient multiobjective optimization employing Gaussian processes, spectral sampling and a
-genetic algorithm", 2018). Where there are targets, every other proposal is the drawn front's rank map at one of them
-instead, and every fourth the one that adds most of those with no fewer MACs than the least of them. Running trials
-count with the loss that the model expects of them.
+genetic algorithm", 2018). Where there are targets that can be met, every other proposal is the drawn front's rank map
+at one of them instead, the least first, and every fourth the one that adds most of those with no fewer MACs than the
+least of them. Running trials count with the loss that the model expects of them.
 
 The first proposals are those of ``knapsack`` at the targets, those of ``energy`` there, whose error goes by another
 measure, and the knapsack's spread over the MACs. From then on each carries its *promise*: how much larger the
@@ -97,12 +97,13 @@ class Auto:
             return DONE
         index, turn = proposals_made(trials), made - first
         # Hypervolume is mostly to be had where networks are small; targets say where good ones are wanted: at each of
-        # them, and between them.
+        # them, and between them. The least comes first: there rank maps differ most, and trials teach most.
+        targets = sorted(target for target in self.targets if target * table.dense_macs >= table.least_macs)
         target, least = None, 0.0
-        if self.targets and turn % 2 == 0:
-            target = self.targets[turn // 2 % len(self.targets)]
-        elif self.targets and turn // 2 % 2 == 0:
-            least = min(self.targets)
+        if targets and turn % 2 == 0:
+            target = targets[turn // 2 % len(targets)]
+        elif targets and turn // 2 % 2 == 0:
+            least = targets[0]
         model = LearnedPrices(
             table,
             trials,
