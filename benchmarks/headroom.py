@@ -6,7 +6,7 @@ benchmarks.headroom --study name --storage folder``. Nothing may be trained in t
 Looked at are the search's own rank maps with no more than 0.02 of the dense MACs fewer than a target, and others that
 its learned prices propose there, drawn from all of the posterior. Every network is built and restored as the search
 does, and scored on the search and the report images together: the search knew only the former of its own. "Of the
-first" is the mean of those that it tried before it learned.
+first" is the mean of those that it tried before it learned, "found" what the search has within the target.
 
 By how much networks *differ* is the standard deviation of their accuracies; "without chance" that is subtracted which
 the images would bring about if networks did not differ (paired: all see the same images). How well one is *chosen*:
@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from benchmarks.auto_ablation import shown
 from benchmarks.common import machine
 from ranksearch.data import to_input
 from ranksearch.evaluation import Bench, Evaluator
@@ -38,6 +39,7 @@ from ranksearch.strategies import learned
 from ranksearch.strategies.auto import PRICE
 from ranksearch.strategies.ladder import Choices
 from ranksearch.study import Study
+from ranksearch.trial import best_within
 
 NEAR = 0.02
 """Share of the dense MACs by which a rank map may be cheaper than the target."""
@@ -104,8 +106,10 @@ def gained(
     return {name: np.array(values) for name, values in found.items()}
 
 
-def show(target: float, logs: Floats, dense: Floats, labels: NDArray[np.int64], first: Sequence[int]) -> str:
-    """One target's row."""
+def show(
+    target: float, logs: Floats, dense: Floats, labels: NDArray[np.int64], first: Sequence[int], found: int | None
+) -> str:
+    """One target's row; ``first`` and ``found`` are places among the networks."""
     right = logs.argmax(2) == labels
     own = logs[:, np.arange(len(labels)), labels]
     divergence = (np.exp(dense) * (dense - logs)).sum(2)
@@ -120,12 +124,13 @@ def show(target: float, logs: Floats, dense: Floats, labels: NDArray[np.int64], 
         },
     )
     each = 100 * right.mean(1)
-    begun = f"{np.mean([each[i] for i in first]):.2f}" if first else "none"
-    told = " | ".join(f"{100 * gain.mean():.2f}" for gain in gains.values())
-    return (
-        f"| {target:.2f} | {len(each)} | {begun} | {each.mean():.2f} | {each.max():.2f} | {each.std(ddof=1):.2f} "
-        f"| {100 * spread(right):.2f} | {told} |"
-    )
+    begun = shown([float(np.mean([each[i] for i in first])) if first else np.nan], 2)
+    ended = shown([np.nan if found is None else float(each[found])], 2)
+    cells = [
+        *(each.mean(), each.max(), each.std(ddof=1), 100 * spread(right)),
+        *(100 * g.mean() for g in gains.values()),
+    ]
+    return f"| {target:.2f} | {len(each)} | {begun} | {ended} | {' | '.join(f'{cell:.2f}' for cell in cells)} |"
 
 
 def main() -> None:
@@ -147,8 +152,8 @@ def main() -> None:
         labels = np.concatenate([data.search.labels, data.report.labels])
         dense = log_probabilities(evaluator.dense, bench, evaluator.device)
         print(f"`{given.study}`: dense {100 * (dense.argmax(1) == labels).mean():.2f} % of {len(labels)} images\n")
-        print("| target | networks | of the first | mean | best | they differ by | without chance ", end="")
-        print("| chosen by accuracy | by loss | by divergence | by agreement |\n|---|" + "---:|" * 10, flush=True)
+        print("| target | networks | of the first | found | mean | best | they differ by | without chance ", end="")
+        print("| chosen by accuracy | by loss | by divergence | by agreement |\n|---|" + "---:|" * 11, flush=True)
         begun = {
             trial.proposal.choices for trial in study.trials() if trial.index < 2 * len(study.space.budget.targets)
         }
@@ -159,7 +164,9 @@ def main() -> None:
                 found.append(log_probabilities(evaluator.build(picked).model, bench, evaluator.device))
             if len(found) > 1:
                 first = [i for i, choices in enumerate(maps) if choices in begun]
-                print(show(target, np.array(found), dense, labels, first), flush=True)
+                best = best_within(study.front_trials(), target * table.dense_macs)
+                ours = maps.index(best.proposal.choices) if best and best.proposal.choices in maps else None
+                print(show(target, np.array(found), dense, labels, first, ours), flush=True)
     print(f"\n{machine()}")
 
 
