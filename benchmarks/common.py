@@ -10,6 +10,7 @@ from ranksearch import load_space
 from ranksearch.evaluation import Bench
 from ranksearch.location import located
 from ranksearch.preparation import Network, factorise, make_bench, read_network, settle, silent, versions
+from ranksearch.space import Space
 from ranksearch.table import PriceTable
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
@@ -24,7 +25,12 @@ def prepared(space: str, settings: Sequence[str], cache: Path, weights: Path) ->
         cache: folder of decompositions, prices and statistics.
         weights: folder of the evaluated networks' weights.
     """
-    network = read_network(located(load_space(SPACES / space, settings), SPACES), cache, silent)
+    return benched(located(load_space(SPACES / space, settings), SPACES), cache, weights)
+
+
+def benched(space: Space, cache: Path, weights: Path) -> tuple[Network, Bench]:
+    """The same of any space whose paths are found from the working folder."""
+    network = read_network(space, cache, silent)
     factors, failed = factorise(network, cache, silent)
     setting = settle(network, factors, failed, cache, silent)
     return network, make_bench(network, factors, setting, weights, cache, silent)

@@ -29,10 +29,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.auto_ablation import shown
-from benchmarks.common import machine
+from benchmarks.common import benched, machine
 from ranksearch.data import to_input
 from ranksearch.evaluation import Bench, Evaluator
-from ranksearch.preparation import factorise, make_bench, read_network, settle, silent
 from ranksearch.scoring import reproducible
 from ranksearch.storage import Store
 from ranksearch.strategies import learned
@@ -92,8 +91,8 @@ def spread(right: NDArray[np.bool_]) -> float:
 
 def gained(
     right: NDArray[np.bool_], criteria: Mapping[str, Callable[[NDArray[np.int64], NDArray[np.int64]], Floats]]
-) -> dict[str, Floats]:
-    """How much more accurate than the mean of eight the one is that each criterion chooses, for every split."""
+) -> dict[str, float]:
+    """How much more accurate than the mean of eight the one is that each criterion chooses; mean over the splits."""
     rng, found = np.random.default_rng(0), {name: list[float]() for name in criteria}
     networks, images = right.shape
     for _ in range(SPLITS):
@@ -103,7 +102,7 @@ def gained(
         accuracies = right[np.ix_(some, scored)].mean(1)
         for name, criterion in criteria.items():
             found[name].append(accuracies[int(criterion(some, judged).argmax())] - accuracies.mean())
-    return {name: np.array(values) for name, values in found.items()}
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def show(
@@ -128,7 +127,7 @@ def show(
     ended = shown([np.nan if found is None else float(each[found])], 2)
     cells = [
         *(each.mean(), each.max(), each.std(ddof=1), 100 * spread(right)),
-        *(100 * g.mean() for g in gains.values()),
+        *(100 * gain for gain in gains.values()),
     ]
     return f"| {target:.2f} | {len(each)} | {begun} | {ended} | {' | '.join(f'{cell:.2f}' for cell in cells)} |"
 
@@ -142,12 +141,8 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=24, help="rank maps that are proposed anew, a target")
     given = parser.parse_args()
     study = Store(given.storage).open(given.study)
-    cache = given.storage / "cache"
     with tempfile.TemporaryDirectory(prefix="ranksearch-benchmark-") as folder, reproducible(1):
-        network = read_network(study.space, cache, silent)
-        factors, failed = factorise(network, cache, silent)
-        setting = settle(network, factors, failed, cache, silent)
-        bench = make_bench(network, factors, setting, Path(folder), cache, silent)
+        _, bench = benched(study.space, given.storage / "cache", Path(folder))
         evaluator, table, data = Evaluator(bench), bench.table, bench.data
         labels = np.concatenate([data.search.labels, data.report.labels])
         dense = log_probabilities(evaluator.dense, bench, evaluator.device)
